@@ -1,0 +1,109 @@
+// The device: where tensors live and operations run. One value holds stream, library handles and scratch memory;
+// there are no globals. The same model and loop run on
+//   cpu   plain loops with OpenMP, fp32 (the reference)
+//   cuda  kernels and cuBLASLt, bf16 with fp32 accumulation
+// and a *dry* device of either kind runs the same program without memory or arithmetic: every operation returns at once and
+// only the books are kept. That is how the memory plan is made, so plan and run cannot disagree.
+#pragma once
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "runtime/tensor.h"
+
+struct CudaContext;  // streams and handles; defined in runtime/cuda_context.h for operation files only
+
+enum class DeviceKind { cpu, cuda };
+
+class Device {
+  public:
+    // which: "cpu", "cuda", "cuda:N", "auto" (a GPU if one is usable, else the CPU). Throws UserError if cuda is asked for
+    // and not there (or not built in); the message says which.
+    static std::unique_ptr<Device> open(const std::string& which);
+    // A dry device of the given kind; needs no hardware.
+    static std::unique_ptr<Device> open_dry(DeviceKind kind);
+    // True if a CUDA device can be used by this binary on this machine; why_not says what is missing.
+    static bool cuda_usable(std::string* why_not = nullptr);
+    ~Device();
+    Device(const Device&) = delete;
+
+    DeviceKind kind() const { return kind_; }
+    bool is_cuda() const { return kind_ == DeviceKind::cuda; }
+    bool dry() const { return dry_; }
+    // bf16 on cuda, f32 on cpu: activations, effective weights and B.
+    DType activation_dtype() const { return is_cuda() ? DType::bf16 : DType::f32; }
+    const std::string& name() const { return name_; }  // "NVIDIA H200", "CPU, 2 threads"
+    CudaContext& cuda() const { return *cuda_; }
+
+    // Memory. A failed allocation throws UserError naming `what` and the bytes, with the table of what is held.
+    void* allocate(int64_t bytes, const std::string& what);
+    void release(void* pointer);
+    int64_t allocated_bytes() const { return allocated_; }
+    int64_t free_bytes() const;         // free memory of the device now (host: available memory)
+    int64_t process_peak_bytes() const; // cuda: total minus the lowest free memory seen; cpu: peak resident size
+
+    // Copies and fills in stream order; upload/download return when the host memory may be reused/read.
+    void upload(void* device_dst, const void* host_src, int64_t bytes);
+    void download(void* host_dst, const void* device_src, int64_t bytes);
+    void copy(void* dst, const void* src, int64_t bytes);
+    void zero(void* dst, int64_t bytes);
+    void zero(const Tensor& t) { zero(t.data, t.bytes()); }
+    void synchronize();
+
+    // Scratch: a LIFO stack for everything that lives within one operation, layer or step. Blocks are 256-byte aligned.
+    // reserve_scratch allocates the stack once; the high-water mark of a dry run says how much.
+    void reserve_scratch(int64_t bytes);
+    int64_t scratch_high_water() const { return scratch_peak_; }
+    void* scratch_take(int64_t bytes, const char* what);
+    int64_t scratch_mark() const { return scratch_used_; }
+    void scratch_rewind(int64_t mark) { scratch_used_ = mark; }
+
+  private:
+    Device() = default;
+    DeviceKind kind_ = DeviceKind::cpu;
+    bool dry_ = false;
+    std::string name_;
+    std::unique_ptr<CudaContext> cuda_;
+    std::map<void*, std::pair<int64_t, std::string>> held_;
+    int64_t allocated_ = 0;
+    char* scratch_base_ = nullptr;
+    int64_t scratch_size_ = 0, scratch_used_ = 0, scratch_peak_ = 0;
+};
+
+// Scratch tensors of one scope: taken in order, all given back when the scope ends.
+class ScratchScope {
+  public:
+    explicit ScratchScope(Device& device) : device_(device), mark_(device.scratch_mark()) {}
+    ~ScratchScope() { device_.scratch_rewind(mark_); }
+    ScratchScope(const ScratchScope&) = delete;
+    // rows × cols of dtype, contents undefined; ld = 0 means ld = cols.
+    Tensor tensor(const char* what, DType dtype, int64_t rows, int64_t cols, int64_t ld = 0) {
+        if (ld == 0) ld = cols;
+        return Tensor{device_.scratch_take(rows * ld * size_of(dtype), what), dtype, rows, cols, ld};
+    }
+
+  private:
+    Device& device_;
+    int64_t mark_;
+};
+
+// Runs the CUDA or the CPU form of an operation, or nothing on a dry device. The CUDA form is compiled out of CPU-only builds.
+#ifdef WITH_CUDA
+#define ON_DEVICE(device, cuda_call, cpu_call)         \
+    do {                                               \
+        if ((device).dry()) break;                     \
+        if ((device).is_cuda()) {                      \
+            cuda_call;                                 \
+        } else {                                       \
+            cpu_call;                                  \
+        }                                              \
+    } while (0)
+#else
+#define ON_DEVICE(device, cuda_call, cpu_call) \
+    do {                                       \
+        if ((device).dry()) break;             \
+        cpu_call;                              \
+    } while (0)
+#endif
