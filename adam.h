@@ -28,7 +28,7 @@ struct AdamState {
 };
 
 struct AdamStep {
-    float lr, beta1, beta2, eps, weight_decay;
+    double lr, beta1, beta2, eps, weight_decay;  // double: 1 − 0.999f is 1e-5 away from 0.001
     int64_t t;            // 1 for the first update of this parameter (bias correction)
     float grad_scale;     // multiplies g (clipping, averaging)
     ParamRounding rounding;

@@ -12,3 +12,7 @@ bool top_eigenvectors(Device& device, Tensor v, std::vector<float>& values, Tens
 
 // Orthonormalizes the rows of y: (k, m) f32, k ≤ m, in place by shifted CholeskyQR3 (Fukaya et al. 2020). Returns false on failure.
 bool orthonormalize_rows(Device& device, Tensor y);
+
+// Negates the rows of v (f32) whose largest-magnitude entry (the first of equal ones) is negative: singular vectors have no sign of
+// their own, and runs should agree on one.
+void fix_row_signs(Device& device, Tensor v);

@@ -1,0 +1,100 @@
+# make             the program: GPU and CPU in one binary where nvcc is found, else CPU only
+# make cpu         CPU only, whatever is installed
+# make quickstart  set up, build, train the tiny preset on real text, show a sample
+# make test        build and run every test this machine can run
+# make help        this text
+#
+# Settings: GPU_ARCHS="86 89" (default: this machine's GPU, else 80 86 89 90), CXX, NVCC, MARCH=native, OPENBLAS_DIR=/opt/openblas,
+# CUDA=0 (as make cpu).
+
+CXX      ?= g++
+NVCC     ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+MARCH    ?= native
+CUDA     ?= $(if $(NVCC),1,0)
+ifneq ($(CUDA),1)
+NVCC :=
+endif
+BUILD    := $(if $(NVCC),build,build-cpu)
+
+# Compute capabilities: of the GPUs in this machine, else every generation we support, with PTX for newer ones.
+DETECTED := $(if $(NVCC),$(sort $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]+$$'))))
+GPU_ARCHS ?= $(if $(DETECTED),$(DETECTED),80 86 89 90)
+NEWEST   := $(lastword $(GPU_ARCHS))
+GENCODE  := $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_$(NEWEST),code=compute_$(NEWEST)
+
+OPENBLAS_CFLAGS := $(if $(OPENBLAS_DIR),-I$(OPENBLAS_DIR)/include,$(shell pkg-config --cflags openblas 2>/dev/null))
+OPENBLAS_LIBS   := $(if $(OPENBLAS_DIR),-L$(OPENBLAS_DIR)/lib -Wl$(comma)-rpath$(comma)$(OPENBLAS_DIR)/lib) -lopenblas
+comma := ,
+
+COMMON   := -std=c++17 -O3 -I. $(OPENBLAS_CFLAGS) -MMD -MP
+CXXFLAGS ?=
+WARN     := -Wall -Wextra
+HOST     := -march=$(MARCH) -fopenmp -ffp-contract=off
+LIBS     := $(OPENBLAS_LIBS) -lpthread -lstdc++fs
+ifneq ($(NVCC),)
+CUDA_HOME := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+CUDA_LIBS := -L$(CUDA_HOME)/lib64 -L$(CUDA_HOME)/targets/x86_64-linux/lib -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcublas -lcusolver -lcudart
+DEFINES  := -DWITH_CUDA
+endif
+
+CORE_CPP := $(filter-out train_loqt.cpp,$(wildcard *.cpp)) $(wildcard runtime/*.cpp)
+CORE_CU  := $(wildcard *.cu ops/*.cu runtime/*.cu)
+TEST_CPP := $(wildcard test/*.cpp)
+CORE_OBJ := $(CORE_CPP:%.cpp=$(BUILD)/%.o) $(CORE_CU:%.cu=$(BUILD)/%.cu.o)
+TEST_OBJ := $(TEST_CPP:%.cpp=$(BUILD)/%.o)
+
+.PHONY: all cpu test quickstart help clean check-libraries
+.DEFAULT_GOAL := all
+
+all: train_loqt
+
+# The binary in the repository root is the one built last; objects of both kinds live side by side.
+train_loqt: $(BUILD)/train_loqt FORCE
+	@cmp -s $< $@ || cp -f $< $@
+FORCE:
+
+cpu:
+	@$(MAKE) --no-print-directory CUDA=0 all
+
+$(BUILD)/train_loqt: $(BUILD)/train_loqt.o $(CORE_OBJ)
+	$(CXX) $(HOST) -o $@ $^ $(CUDA_LIBS) $(LIBS)
+
+$(BUILD)/tests: $(TEST_OBJ) $(CORE_OBJ)
+	$(CXX) $(HOST) -o $@ $^ $(CUDA_LIBS) $(LIBS)
+
+$(BUILD)/test/%.o: test/%.cpp | check-libraries
+	@mkdir -p $(@D)
+	$(CXX) $(COMMON) $(WARN) -O1 $(HOST) $(DEFINES) $(CXXFLAGS) -c $< -o $@
+
+$(BUILD)/%.o: %.cpp | check-libraries
+	@mkdir -p $(@D)
+	$(CXX) $(COMMON) $(WARN) $(HOST) $(DEFINES) $(CXXFLAGS) -c $< -o $@
+
+ifneq ($(NVCC),)
+$(BUILD)/%.cu.o: %.cu | check-libraries
+	@mkdir -p $(@D)
+	$(NVCC) $(COMMON) $(GENCODE) $(DEFINES) --threads 0 -ccbin $(CXX) $(foreach f,$(WARN) $(HOST),-Xcompiler $(f)) -c $< -o $@
+else
+$(BUILD)/%.cu.o: %.cu | check-libraries
+	@mkdir -p $(@D)
+	$(CXX) $(COMMON) $(WARN) $(HOST) $(CXXFLAGS) -x c++ -c $< -o $@
+endif
+
+check-libraries:
+	@sh scripts/check_libraries.sh "$(CXX)" "$(OPENBLAS_CFLAGS)"
+
+test:
+	@sh scripts/setup.sh test
+	@$(MAKE) --no-print-directory $(if $(NVCC),,CUDA=0) all $(BUILD)/tests
+	@python3 test/run.py $(BUILD)/tests
+
+quickstart:
+	@bash scripts/quickstart.sh
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+
+clean:
+	rm -rf build build-cpu train_loqt
+
+-include $(CORE_OBJ:.o=.d) $(TEST_OBJ:.o=.d) $(BUILD)/train_loqt.d

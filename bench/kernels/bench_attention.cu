@@ -1,0 +1,134 @@
+// Time of the attention kernels on one GPU, after a comparison with the CPU form. Prints the median of 20 runs in ms and TFLOP/s
+// by the convention of the FlashAttention papers: 4·batch·heads·seq²·head_dim, halved for causal, backward 2.5 times that.
+//   nvcc -std=c++17 -O3 -I. -DWITH_CUDA -arch=sm_90 -Xcompiler -fopenmp bench/kernels/bench_attention.cu ops/attention.cu
+//        runtime/device.cu -o bench_attention -lcublas -lcublasLt -lcusolver      (sm_80 for A100, sm_89 for Ada)
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "ops/attention.h"
+#include "runtime/cuda_context.h"
+
+namespace {
+
+constexpr int kRuns = 20, kWarmUp = 3;
+
+struct Problem {
+    AttentionShape s;
+    Tensor qkv, d_qkv, o, d_o, lse;
+    Device& device;
+
+    Problem(Device& dev, const AttentionShape& shape) : s(shape), device(dev) {
+        auto make = [&](DType dtype, int64_t rows, int64_t cols) {
+            return Tensor{device.allocate(rows * cols * size_of(dtype), "bench"), dtype, rows, cols, cols};
+        };
+        const int64_t tokens = s.batch * s.seq, q_cols = s.heads * s.head_dim;
+        qkv = make(device.activation_dtype(), tokens, s.qkv_cols()), d_qkv = make(device.activation_dtype(), tokens, s.qkv_cols());
+        o = make(device.activation_dtype(), tokens, q_cols), d_o = make(device.activation_dtype(), tokens, q_cols);
+        lse = make(DType::f32, 1, tokens * s.heads);
+    }
+    ~Problem() {
+        for (Tensor t : {qkv, d_qkv, o, d_o, lse}) device.release(t.data);
+    }
+    Problem(const Problem&) = delete;
+
+    // The same bf16-representable values on every device.
+    void fill() {
+        std::mt19937_64 rng(1);
+        std::normal_distribution<float> normal;
+        std::vector<float> pool(1 << 16);
+        for (float& x : pool) x = normal(rng);
+        int64_t offset = 0;
+        for (Tensor t : {qkv, d_o}) {
+            std::vector<bf16> narrow(t.numel());
+            std::vector<float> wide(t.numel());
+            for (int64_t i = 0; i < t.numel(); ++i) {
+                narrow[i] = to_bf16(pool[(i * 7 + i / 65521 + offset) & 0xffff]);
+                wide[i] = to_float(narrow[i]);
+            }
+            device.upload(t.data, device.is_cuda() ? static_cast<void*>(narrow.data()) : wide.data(), t.bytes());
+            offset += 12345;
+        }
+    }
+    void forward() { attention_forward(device, o, lse, qkv, s); }
+    void backward() { attention_backward(device, d_qkv, d_o, qkv, o, lse, s); }
+    std::vector<float> read(Tensor t) {
+        std::vector<float> out(t.numel());
+        if (t.dtype == DType::f32) {
+            device.download(out.data(), t.data, t.bytes());
+        } else {
+            std::vector<bf16> narrow(t.numel());
+            device.download(narrow.data(), t.data, t.bytes());
+            for (int64_t i = 0; i < t.numel(); ++i) out[i] = to_float(narrow[i]);
+        }
+        return out;
+    }
+};
+
+double relative_error(const std::vector<float>& a, const std::vector<float>& b) {
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < a.size(); ++i) difference += (double(a[i]) - b[i]) * (double(a[i]) - b[i]), norm += double(b[i]) * b[i];
+    return std::sqrt(difference / norm);
+}
+
+bool agrees(Device& gpu, Device& cpu, const AttentionShape& s) {
+    Problem on_gpu(gpu, s), on_cpu(cpu, s);
+    for (Problem* p : {&on_gpu, &on_cpu}) p->fill(), p->forward(), p->backward();
+    const double o = relative_error(on_gpu.read(on_gpu.o), on_cpu.read(on_cpu.o)), lse = relative_error(on_gpu.read(on_gpu.lse), on_cpu.read(on_cpu.lse)),
+                 gradient = relative_error(on_gpu.read(on_gpu.d_qkv), on_cpu.read(on_cpu.d_qkv));
+    const bool good = o < 4e-3 && lse < 1e-5 && gradient < 6e-3;
+    std::printf("check  seq %4lld  head_dim %3lld  heads %lld/%lld   relative error: o %.2e  lse %.2e  dqkv %.2e  %s\n", (long long)s.seq,
+                (long long)s.head_dim, (long long)s.heads, (long long)s.kv_heads, o, lse, gradient, good ? "ok" : "WRONG");
+    return good;
+}
+
+template <class F> double median_ms(Device& device, F&& work) {
+    cudaEvent_t begin, end;
+    CUDA_CHECK(cudaEventCreate(&begin));
+    CUDA_CHECK(cudaEventCreate(&end));
+    std::vector<float> times;
+    for (int i = 0; i < kWarmUp + kRuns; ++i) {
+        CUDA_CHECK(cudaEventRecord(begin, device.cuda().stream));
+        work();
+        CUDA_CHECK(cudaEventRecord(end, device.cuda().stream));
+        CUDA_CHECK(cudaEventSynchronize(end));
+        float ms;
+        CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+        if (i >= kWarmUp) times.push_back(ms);
+    }
+    CUDA_CHECK(cudaEventDestroy(begin));
+    CUDA_CHECK(cudaEventDestroy(end));
+    std::nth_element(times.begin(), times.begin() + kRuns / 2, times.end());
+    return times[kRuns / 2];
+}
+
+}  // namespace
+
+int main() {
+    try {
+        auto gpu = Device::open("cuda"), cpu = Device::open("cpu");
+        gpu->reserve_scratch(int64_t(64) << 20);
+        cpu->reserve_scratch(int64_t(1) << 20);
+        bool good = true;
+        for (int64_t head_dim : {64, 128})
+            for (int64_t seq : {64, 200, 256, 515}) good &= agrees(*gpu, *cpu, {2, seq, 4, 2, head_dim});
+        if (!good) return 1;
+
+        std::printf("\n%s, 16384 tokens, 2048 columns of heads\n  seq  head_dim   forward ms  TFLOP/s   backward ms  TFLOP/s\n", gpu->name().c_str());
+        for (int64_t head_dim : {64, 128})
+            for (int64_t seq : {256, 1024, 4096}) {
+                const AttentionShape s{16384 / seq, seq, 2048 / head_dim, 2048 / head_dim, head_dim};
+                Problem problem(*gpu, s);
+                problem.fill();
+                const double flops = 2.0 * s.batch * s.heads * double(seq) * double(seq) * head_dim;
+                const double forward = median_ms(*gpu, [&] { problem.forward(); }), backward = median_ms(*gpu, [&] { problem.backward(); });
+                std::printf("%5lld  %8lld   %10.3f  %7.1f   %11.3f  %7.1f\n", (long long)seq, (long long)head_dim, forward, flops / forward * 1e-9,
+                            backward, 2.5 * flops / backward * 1e-9);
+            }
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "%s\n", error.what());
+        return 1;
+    }
+}

@@ -1,0 +1,296 @@
+// The model: tensors, forward, backward. See llama.h.
+#include "llama.h"
+
+#include "ops/cross_entropy.h"
+#include "ops/elementwise.h"
+#include "ops/embedding.h"
+#include "ops/matmul.h"
+#include "ops/rmsnorm.h"
+#include "ops/rope.h"
+#include "ops/swiglu.h"
+
+namespace {
+
+constexpr int64_t kLogitsBytes = int64_t(128) << 20;  // the LM head runs over chunks of tokens with at most this much logits
+
+Tensor first_rows(const Tensor& t, int64_t rows) { return t.row_slice(0, rows); }
+Tensor first_cols(const Tensor& t, int64_t cols) { return t.col_slice(0, cols); }
+
+}  // namespace
+
+Llama::Llama(const Config& config, Device& device, bool training, bool cache_effective)
+    : config_(config), device_(device), capacity_(config.train.micro_batch * config.train.seq_len) {
+    register_tensors(training, cache_effective);
+    // The order of this list numbers the random streams: it must never depend on the method's details of storage.
+    parameters_ = {&embedding_};
+    for (Block& b : blocks_) {
+        parameters_.push_back(&b.norm1);
+        b.qkv.collect(parameters_), b.o.collect(parameters_);
+        parameters_.push_back(&b.norm2);
+        b.gate_up.collect(parameters_), b.down.collect(parameters_);
+    }
+    parameters_.push_back(&final_norm_), parameters_.push_back(&head_);
+    for (size_t i = 0; i < parameters_.size(); ++i) parameters_[i]->stream = uint32_t(i);
+}
+
+void Llama::register_tensors(bool training, bool cache_effective) {
+    const ModelConfig& m = config_.model;
+    Registration reg{table_, device_, config_, training, cache_effective && config_.low_rank()};
+    DType act = device_.activation_dtype();
+    int64_t T = capacity_, hd = m.head_dim(), q = m.heads * hd, kv = config_.kv_heads() * hd, f = padded_width(m.intermediate);
+
+    register_parameter(reg, embedding_, "model.embed_tokens.weight", m.vocab, m.hidden, Precision::moments32);
+    blocks_.resize(m.layers);
+    for (int64_t i = 0; i < m.layers; ++i) {
+        Block& b = blocks_[i];
+        std::string prefix = "model.layers." + std::to_string(i) + ".";
+        register_parameter(reg, b.norm1, prefix + "input_layernorm.weight", 1, m.hidden, Precision::all32);
+        b.qkv.configure(config_, m.hidden, {{prefix + "self_attn.q_proj.weight", q}, {prefix + "self_attn.k_proj.weight", kv}, {prefix + "self_attn.v_proj.weight", kv}});
+        b.o.configure(config_, q, {{prefix + "self_attn.o_proj.weight", m.hidden}});
+        register_parameter(reg, b.norm2, prefix + "post_attention_layernorm.weight", 1, m.hidden, Precision::all32);
+        b.gate_up.configure(config_, m.hidden, {{prefix + "mlp.gate_proj.weight", m.intermediate}, {prefix + "mlp.up_proj.weight", m.intermediate}});
+        b.down.configure(config_, m.intermediate, {{prefix + "mlp.down_proj.weight", m.hidden}});
+        for (LinearGroup* group : {&b.qkv, &b.o, &b.gate_up, &b.down}) group->register_tensors(reg);
+
+        auto activation = [&](const char* name, Tensor* t, DType dtype, int64_t rows, int64_t cols) {
+            table_.add(prefix + name, Family::activations, t, dtype, rows, cols, false);
+        };
+        activation("x", &b.x, act, T, m.hidden), activation("x_mid", &b.x_mid, act, T, m.hidden);
+        activation("rstd1", &b.rstd1, DType::f32, 1, T), activation("rstd2", &b.rstd2, DType::f32, 1, T);
+        activation("qkv", &b.q_k_v, act, T, q + 2 * kv);
+        activation("attention", &b.attention, act, T, q), activation("lse", &b.lse, DType::f32, 1, T * m.heads);
+        activation("gate_up", &b.gates, act, T, 2 * f);
+    }
+    register_parameter(reg, final_norm_, "model.norm.weight", 1, m.hidden, Precision::all32);
+    register_parameter(reg, head_, "lm_head.weight", m.vocab, m.hidden, Precision::moments32);
+
+    table_.add("x_final", Family::activations, &x_final_, act, T, m.hidden, false);
+    table_.add("final_rstd", Family::activations, &final_rstd_, DType::f32, 1, T, false);
+    table_.add("rope", Family::activations, &rope_, DType::f32, config_.train.seq_len, hd, false);
+    for (auto& [name, t] : {std::pair<const char*, Tensor*>{"tokens", &batch_.tokens}, {"targets", &batch_.targets}, {"order", &batch_.order},
+                            {"segment_begin", &batch_.segment_begin}, {"group_begin", &batch_.group_begin}, {"group_token", &batch_.group_token}})
+        table_.add(std::string("batch.") + name, Family::activations, t, DType::i32, 1, T + 1, false);
+}
+
+void Llama::upload_rope() {
+    if (device_.dry()) return;
+    std::vector<float> table = rope_table(config_.train.seq_len, config_.model.head_dim(), config_.model.rope_base);
+    device_.upload(rope_.data, table.data(), int64_t(table.size() * sizeof(float)));
+}
+
+void Llama::initialize(const WeightSource& source) {
+    auto fill = [&](Parameter& p) {
+        ScratchScope scope(device_);
+        Tensor w = scope.tensor("initial weights", DType::f32, p.rows, p.cols);
+        if (!device_.dry()) {
+            std::vector<float> host(p.rows * p.cols);
+            source(p.name, p.rows, p.cols, host.data());
+            device_.upload(w.data, host.data(), w.bytes());
+        }
+        convert(device_, p.value, w);
+    };
+    fill(embedding_), fill(final_norm_), fill(head_);
+    for (Block& b : blocks_) fill(b.norm1), fill(b.norm2);
+    for (LinearGroup* group : groups()) group->initialize(device_, source);
+}
+
+std::vector<LinearGroup*> Llama::groups() {
+    std::vector<LinearGroup*> all;
+    for (Block& b : blocks_)
+        for (LinearGroup* group : {&b.qkv, &b.o, &b.gate_up, &b.down}) all.push_back(group);
+    return all;
+}
+
+AttentionShape Llama::attention_shape(int64_t rows, int64_t seq) const {
+    return AttentionShape{rows, seq, config_.model.heads, config_.kv_heads(), config_.model.head_dim()};
+}
+
+void Llama::upload_batch(const Batch& batch) {
+    CHECK_INTERNAL(batch.rows * batch.seq <= capacity_, "micro-batch of %lld × %lld tokens", (long long)batch.rows, (long long)batch.seq);
+    auto upload = [&](Tensor t, const std::vector<int32_t>& v) { device_.upload(t.data, v.data(), int64_t(v.size() * sizeof(int32_t))); };
+    upload(batch_.tokens, batch.tokens), upload(batch_.targets, batch.targets);
+    upload(batch_.order, batch.groups.order), upload(batch_.segment_begin, batch.groups.segment_begin);
+    upload(batch_.group_begin, batch.groups.group_begin), upload(batch_.group_token, batch.groups.group_token);
+}
+
+// ---------------------------------------------------------------------------------------------------------------- forward
+
+void Llama::block_forward(Block& b, Tensor x_out, int64_t T, const AttentionShape& shape) {
+    const ModelConfig& m = config_.model;
+    Tensor x = first_rows(b.x, T), x_mid = first_rows(b.x_mid, T), qkv = first_rows(b.q_k_v, T), gates = first_rows(b.gates, T);
+    Tensor attention = first_rows(b.attention, T);
+    float eps = float(m.rms_eps);
+    {
+        ScratchScope scope(device_);
+        Tensor normed = scope.tensor("normed", x.dtype, T, m.hidden);
+        rmsnorm_forward(device_, normed, first_cols(b.rstd1, T), x, b.norm1.value, eps);
+        b.qkv.forward(device_, qkv, normed);
+    }
+    rope_inplace(device_, qkv, rope_, shape.seq, shape.heads, shape.kv_heads, shape.head_dim, false);
+    attention_forward(device_, attention, first_cols(b.lse, T * m.heads), qkv, shape);
+    b.o.forward(device_, x_mid, attention, x);
+    {
+        ScratchScope scope(device_);
+        Tensor normed = scope.tensor("normed", x.dtype, T, m.hidden);
+        rmsnorm_forward(device_, normed, first_cols(b.rstd2, T), x_mid, b.norm2.value, eps);
+        b.gate_up.forward(device_, gates, normed);
+    }
+    ScratchScope scope(device_);
+    Tensor a = scope.tensor("swiglu", x.dtype, T, b.down.in_padded());
+    swiglu_forward(device_, a, gates);
+    b.down.forward(device_, x_out, a, x_mid);
+}
+
+Tensor Llama::forward(int64_t rows, int64_t seq) {
+    int64_t T = rows * seq;
+    AttentionShape shape = attention_shape(rows, seq);
+    embedding_forward(device_, first_rows(blocks_[0].x, T), embedding_.value, batch_.tokens.as<int32_t>());
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+        Tensor next = i + 1 < blocks_.size() ? blocks_[i + 1].x : x_final_;
+        block_forward(blocks_[i], first_rows(next, T), T, shape);
+    }
+    return first_rows(x_final_, T);
+}
+
+// Final norm, LM head and loss over chunks of tokens; with backward, gradients of both and of x (written to dx).
+void Llama::head(Tensor x, Tensor dx, float loss_scale, double* sums, int64_t slot, bool backward) {
+    const ModelConfig& m = config_.model;
+    int64_t T = x.rows, V = m.vocab;
+    int64_t chunk = std::max<int64_t>(64, kLogitsBytes / (V * size_of(x.dtype)) / 64 * 64);
+    // The stack is sized for a full micro-batch; a smaller one must not need more.
+    chunk = std::min(chunk, capacity_);
+    ScratchScope scope(device_);
+    Tensor losses = scope.tensor("losses", DType::f32, 1, T);
+    Tensor normed = scope.tensor("normed", x.dtype, T, m.hidden);
+    rmsnorm_forward(device_, normed, first_cols(final_rstd_, T), x, final_norm_.value, float(m.rms_eps));
+    Tensor d_normed = backward ? scope.tensor("gradient of normed", x.dtype, T, m.hidden) : Tensor{};
+    Tensor logits_buffer = scope.tensor("logits", x.dtype, chunk, V);
+    for (int64_t begin = 0; begin < T; begin += chunk) {
+        int64_t count = std::min(chunk, T - begin);
+        Tensor logits = first_rows(logits_buffer, count), in = normed.row_slice(begin, count);
+        matmul(device_, logits, 1.0f, in, Op::none, head_.value, Op::transpose);
+        cross_entropy(device_, losses.col_slice(begin, count), logits, batch_.targets.as<int32_t>() + begin, loss_scale, backward);
+        if (!backward) continue;
+        matmul(device_, d_normed.row_slice(begin, count), 1.0f, logits, Op::none, head_.value, Op::none);
+        matmul(device_, head_.grad, 1.0f, logits, Op::transpose, in, Op::none, 1.0f);
+    }
+    sum(device_, sums, slot, losses);
+    if (!backward) return;
+    device_.zero(dx);
+    rmsnorm_backward(device_, dx, final_norm_.grad, d_normed, x, final_norm_.value, first_cols(final_rstd_, T));
+}
+
+// ---------------------------------------------------------------------------------------------------------------- backward
+
+void Llama::block_backward(Block& b, Tensor dx, int64_t T, const AttentionShape& shape, const ProjectionPass& pass) {
+    const ModelConfig& m = config_.model;
+    Tensor x = first_rows(b.x, T), x_mid = first_rows(b.x_mid, T), qkv = first_rows(b.q_k_v, T), gates = first_rows(b.gates, T);
+    Tensor attention = first_rows(b.attention, T);
+    Tensor rstd1 = first_cols(b.rstd1, T), rstd2 = first_cols(b.rstd2, T);
+    float eps = float(m.rms_eps);
+    {   // SwiGLU half: the gradient of gate|up takes the place of gate|up.
+        ScratchScope scope(device_);
+        Tensor a = scope.tensor("swiglu", x.dtype, T, b.down.in_padded()), da = scope.tensor("gradient of swiglu", x.dtype, T, b.down.in_padded());
+        swiglu_forward(device_, a, gates);
+        b.down.backward(device_, da, dx, a, pass);
+        swiglu_backward(device_, gates, gates, da);
+    }
+    {
+        ScratchScope scope(device_);
+        Tensor normed = scope.tensor("normed", x.dtype, T, m.hidden), d_normed = scope.tensor("gradient of normed", x.dtype, T, m.hidden);
+        rmsnorm_forward(device_, normed, rstd2, x_mid, b.norm2.value, eps);
+        b.gate_up.backward(device_, d_normed, gates, normed, pass);
+        rmsnorm_backward(device_, dx, b.norm2.grad, d_normed, x_mid, b.norm2.value, rstd2);
+    }
+    // Attention half.
+    ScratchScope scope(device_);
+    Tensor d_qkv = scope.tensor("gradient of q|k|v", x.dtype, T, qkv.cols);
+    {
+        ScratchScope inner(device_);
+        Tensor d_attention = inner.tensor("gradient of attention", x.dtype, T, attention.cols);
+        b.o.backward(device_, d_attention, dx, attention, pass);
+        attention_backward(device_, d_qkv, d_attention, qkv, attention, first_cols(b.lse, T * m.heads), shape);
+    }
+    rope_inplace(device_, d_qkv, rope_, shape.seq, shape.heads, shape.kv_heads, shape.head_dim, true);
+    Tensor normed = scope.tensor("normed", x.dtype, T, m.hidden), d_normed = scope.tensor("gradient of normed", x.dtype, T, m.hidden);
+    rmsnorm_forward(device_, normed, rstd1, x, b.norm1.value, eps);
+    b.qkv.backward(device_, d_normed, d_qkv, normed, pass);
+    rmsnorm_backward(device_, dx, b.norm1.grad, d_normed, x, b.norm1.value, rstd1);
+}
+
+void Llama::train(const Batch& batch, float loss_scale, double* sums, int64_t slot, const ProjectionPass& pass) {
+    upload_batch(batch);
+    int64_t T = batch.rows * batch.seq;
+    AttentionShape shape = attention_shape(batch.rows, batch.seq);
+    Tensor x = forward(batch.rows, batch.seq);
+    ScratchScope scope(device_);
+    Tensor dx = scope.tensor("gradient of the residual stream", x.dtype, T, config_.model.hidden);
+    head(x, dx, loss_scale, sums, slot, true);
+    for (size_t i = blocks_.size(); i-- > 0;) block_backward(blocks_[i], dx, T, shape, pass);
+    // On a dry device the counts of the groups are the worst case.
+    int64_t most_groups = std::min(T, config_.model.vocab), most_segments = std::min(T, most_groups + T / kEmbeddingSegment);
+    int64_t segments = device_.dry() ? most_segments : int64_t(batch.groups.segment_begin.size()) - 1;
+    int64_t distinct = device_.dry() ? most_groups : int64_t(batch.groups.group_token.size());
+    DeviceTokenGroups groups{batch_.order.as<int32_t>(), batch_.segment_begin.as<int32_t>(), batch_.group_begin.as<int32_t>(),
+                             batch_.group_token.as<int32_t>(), segments, distinct};
+    embedding_backward(device_, embedding_.grad, dx, groups);
+}
+
+void Llama::evaluate(const Batch& batch, double* sums, int64_t slot) {
+    upload_batch(batch);
+    head(forward(batch.rows, batch.seq), Tensor{}, 0.0f, sums, slot, false);
+}
+
+std::vector<float> Llama::next_token_logits(const std::vector<int32_t>& tokens) {
+    const ModelConfig& m = config_.model;
+    int64_t T = int64_t(tokens.size());
+    device_.upload(batch_.tokens.data, tokens.data(), T * int64_t(sizeof(int32_t)));
+    Tensor x = forward(1, T).row_slice(T - 1, 1);
+    ScratchScope scope(device_);
+    Tensor normed = scope.tensor("normed", x.dtype, 1, m.hidden), logits = scope.tensor("logits", x.dtype, 1, m.vocab);
+    Tensor wide = scope.tensor("logits in fp32", DType::f32, 1, m.vocab);
+    rmsnorm_forward(device_, normed, first_cols(final_rstd_, 1), x, final_norm_.value, float(m.rms_eps));
+    matmul(device_, logits, 1.0f, normed, Op::none, head_.value, Op::transpose);
+    convert(device_, wide, logits);
+    std::vector<float> host(m.vocab);
+    device_.download(host.data(), wide.data, wide.bytes());
+    return host;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- state
+
+void Llama::zero_gradients() { table_.zero_family(device_, Family::gradients); }
+
+void Llama::invalidate() {
+    for (LinearGroup* group : groups()) group->invalidate();
+}
+
+MergeStatistics Llama::merge(int64_t step, const WeightSource* source) {
+    MergeStatistics statistics;
+    for (LinearGroup* group : groups()) group->reinitialize(device_, step, source, statistics);
+    return statistics;
+}
+
+std::vector<Llama::ExportedTensor> Llama::exported_tensors() {
+    std::vector<ExportedTensor> all;
+    auto plain = [&](Parameter& p, std::vector<int64_t> shape) {
+        all.push_back({p.name, shape, [this, &p](std::vector<float>& out) {
+                           ScratchScope scope(device_);
+                           Tensor wide = scope.tensor("exported weights", DType::f32, p.rows, p.cols);
+                           convert(device_, wide, p.value);
+                           out.resize(p.rows * p.cols);
+                           device_.download(out.data(), wide.data, wide.bytes());
+                       }});
+    };
+    plain(embedding_, {embedding_.rows, embedding_.cols});
+    for (Block& b : blocks_) {
+        plain(b.norm1, {b.norm1.cols});
+        plain(b.norm2, {b.norm2.cols});
+        for (LinearGroup* group : {&b.qkv, &b.o, &b.gate_up, &b.down})
+            for (Linear& l : group->linears())
+                all.push_back({l.name, {l.out, l.in}, [this, group, &l](std::vector<float>& out) { group->read_effective(device_, l, out); }});
+    }
+    plain(final_norm_, {final_norm_.cols});
+    plain(head_, {head_.rows, head_.cols});
+    return all;
+}

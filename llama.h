@@ -1,0 +1,86 @@
+// LLaMA (Touvron et al. 2023): pre-norm blocks of RMSNorm → attention with rotary embedding → RMSNorm → SwiGLU, untied LM head.
+// One code path for both devices; every product goes through LinearGroup, so a method is a policy of that layer alone.
+//
+// Shapes: T = batch·seq tokens of a micro-batch, h hidden, f intermediate (padded in memory), q = heads·hd, kv = kv_heads·hd, V vocab.
+// Kept for the backward pass per block: x, q|k|v after rotation, attention output and its LSE, x_mid, gate|up, and two ρ per token.
+// RMSNorm outputs and SwiGLU are recomputed.
+#pragma once
+#include <memory>
+
+#include "loqt.h"
+#include "ops/attention.h"
+#include "runtime/data.h"
+
+struct Block {
+    Parameter norm1, norm2;              // (1, h) fp32
+    LinearGroup qkv, o, gate_up, down;
+    Tensor x, x_mid;                     // (T, h)      residual stream into the two halves
+    Tensor rstd1, rstd2;                 // (1, T) fp32
+    Tensor q_k_v;                        // (T, q + 2kv)
+    Tensor attention, lse;               // (T, q), (1, heads·T) fp32
+    Tensor gates;                        // (T, 2f)
+};
+
+// Tokens of a micro-batch on the device.
+struct DeviceBatch {
+    Tensor tokens, targets, order, segment_begin, group_begin, group_token;  // (1, T or T+1) int32
+};
+
+class Llama {
+  public:
+    Llama(const Config& config, Device& device, bool training, bool cache_effective);
+    Llama(const Llama&) = delete;
+
+    TensorTable& table() { return table_; }
+    const Config& config() const { return config_; }
+    const std::vector<Parameter*>& parameters() const { return parameters_; }
+
+    // Takes the memory of all tensors. Scratch is the caller's to reserve.
+    void allocate() { table_.allocate(device_); upload_rope(); }
+    void initialize(const WeightSource& source);
+
+    // Forward and backward of one micro-batch: gradients accumulate, Σ loss over counted targets goes to sums[slot] (device f64).
+    // loss_scale multiplies the gradient: 1/(counted targets of the whole step).
+    void train(const Batch& batch, float loss_scale, double* sums, int64_t slot, const ProjectionPass& pass);
+    // Forward only.
+    void evaluate(const Batch& batch, double* sums, int64_t slot);
+    // Logits of the token after `tokens` (at most micro-batch·seq_len of them), as fp32 on the host.
+    std::vector<float> next_token_logits(const std::vector<int32_t>& tokens);
+
+    void zero_gradients();
+    // Trained values changed.
+    void invalidate();
+    // Merges every matrix; source = the true initial weights at the first merge, else null.
+    MergeStatistics merge(int64_t step, const WeightSource* source);
+
+    // Every tensor of the equivalent plain LLaMA under its Hugging Face name, merged and unpadded.
+    struct ExportedTensor {
+        std::string name;
+        std::vector<int64_t> shape;
+        std::function<void(std::vector<float>&)> read;
+    };
+    std::vector<ExportedTensor> exported_tensors();
+
+    std::vector<LinearGroup*> groups();
+
+  private:
+    void register_tensors(bool training, bool cache_effective);
+    void upload_rope();
+    void upload_batch(const Batch& batch);
+    Tensor forward(int64_t rows, int64_t seq);  // → (T, h) output of the last block
+    void block_forward(Block& b, Tensor x_out, int64_t T, const AttentionShape& shape);
+    void block_backward(Block& b, Tensor dx, int64_t T, const AttentionShape& shape, const ProjectionPass& pass);
+    void head(Tensor x, Tensor dx, float loss_scale, double* sums, int64_t slot, bool backward);
+    AttentionShape attention_shape(int64_t rows, int64_t seq) const;
+
+    const Config config_;
+    Device& device_;
+    TensorTable table_;
+    int64_t capacity_;                   // tokens per micro-batch the activations hold
+    Parameter embedding_, final_norm_, head_;
+    std::vector<Block> blocks_;
+    Tensor rope_;                        // (seq_len, hd) fp32
+    Tensor x_final_, final_rstd_;        // (T, h), (1, T): input of the final norm
+    DeviceBatch batch_;
+    std::vector<Parameter*> parameters_;
+};

@@ -1,0 +1,212 @@
+// Forward and backward of the LoQT linear layer. Re-initialisation is in loqt_merge.cpp.
+#include "loqt.h"
+
+#include "ops/elementwise.h"
+#include "ops/matmul.h"
+
+Method method_of(const Config& config) {
+    return config.method.name == "full" ? Method::full : config.method.name == "loqt-nq" ? Method::loqt_nq : Method::loqt;
+}
+
+int64_t padded_width(int64_t width) { return width % 8 == 0 ? width : round_up(width, 128); }
+
+void LinearGroup::configure(const Config& config, int64_t in, const std::vector<Spec>& specs) {
+    config_ = &config;
+    method_ = method_of(config);
+    in_ = in;
+    out_padded_ = 0;
+    linears_.resize(specs.size());
+    for (size_t i = 0; i < specs.size(); ++i) {
+        Linear& l = linears_[i];
+        l.name = specs[i].name, l.out = specs[i].out, l.in = in, l.row_begin = out_padded_;
+        l.right = l.out < l.in;
+        l.rank = std::min({config.method.rank, l.out, l.in});
+        out_padded_ += padded_width(l.out);
+    }
+}
+
+namespace {
+
+void register_nf4(TensorTable& table, const std::string& name, Family family, Nf4Tensor& q, int64_t rows, int64_t cols, bool nested, bool saved) {
+    q.rows = rows, q.cols = cols, q.nested = nested;
+    table.add(name + ".nf4", family, &q.codes, DType::u8, 1, ceil_div(rows * cols, 2), saved);
+    if (nested) {
+        table.add(name + ".absmax8", family, &q.codes8, DType::u8, 1, q.blocks(), saved);
+        table.add(name + ".absmax_scale", family, &q.scale2, DType::f32, 1, ceil_div(q.blocks(), kNestedBlock), saved);
+        table.add(name + ".absmax_offset", family, &q.offset, DType::f32, 1, 1, saved);
+    } else {
+        table.add(name + ".absmax", family, &q.absmax, DType::f32, 1, q.blocks(), saved);
+    }
+}
+
+}  // namespace
+
+void LinearGroup::register_tensors(const Registration& reg) {
+    TensorTable& table = reg.table;
+    const Config& config = reg.config;
+    DType act = reg.device.activation_dtype();
+    const std::string& group_name = linears_.front().name;
+    if (method_ == Method::full) {
+        table.add(group_name + ".fused", Family::trained, &fused_, act, out_padded_, in_, false, 0, in_padded());
+        if (reg.training)
+            table.add(group_name + ".fused.grad", Family::gradients, &fused_grad_, gradient_dtype(config, reg.device), out_padded_, in_, false, 0, in_padded());
+    } else if (method_ == Method::loqt_nq) {
+        table.add(group_name + ".fused", Family::frozen, &fused_, act, out_padded_, in_, false, 0, in_padded());
+    }
+    for (Linear& l : linears_) {
+        if (method_ == Method::full) {
+            l.dense.name = l.name, l.dense.rows = l.out, l.dense.cols = l.in;
+            table.add_part(l.name, &l.dense.value, &fused_, l.row_begin, l.out, l.in, l.out, true);
+            if (reg.training) table.add_part(l.name + ".grad", &l.dense.grad, &fused_grad_, l.row_begin, l.out, l.in, l.out, false);
+            register_moments(reg, l.dense, Precision::configured);
+            continue;
+        }
+        if (method_ == Method::loqt) {
+            register_nf4(table, l.name, Family::frozen, l.w_q, l.out, l.in, config.method.double_quant, true);
+            register_nf4(table, l.name + ".P", Family::frozen, l.p_q, l.rank, l.h(), config.method.double_quant, true);
+            if (reg.training) register_nf4(table, l.name + ".P_next", Family::projection, l.p_next_q, l.rank, l.h(), config.method.double_quant, false);
+        } else {
+            table.add_part(l.name, &l.w, &fused_, l.row_begin, l.out, l.in, l.out, true);
+            table.add(l.name + ".P", Family::frozen, &l.p, act, l.rank, l.h(), true);
+            if (reg.training) table.add(l.name + ".P_next", Family::projection, &l.p_next, act, l.rank, l.h(), false);
+        }
+        register_parameter(reg, l.b, l.name + ".B", l.n(), l.rank, Precision::configured, padded_width(l.n()));
+        l.b.active = false;
+    }
+    if (method_ == Method::full) return;
+    if (reg.training && config.method.projection_gradient == "full" && config.micro_batches() > 1)
+        table.add(group_name + ".merge_gradient", Family::projection, &merge_gradient_, DType::f32, out_padded_, in_padded(), false);
+    if (reg.cache_effective) table.add(group_name + ".effective", Family::effective, &effective_, act, out_padded_, in_padded(), false);
+}
+
+void LinearGroup::initialize(Device& device, const WeightSource& source) {
+    for (Linear& l : linears_) {
+        ScratchScope scope(device);
+        Tensor w = scope.tensor("initial weights", DType::f32, l.out, l.in);
+        if (!device.dry()) {
+            std::vector<float> host(l.out * l.in);
+            source(l.name, l.out, l.in, host.data());
+            device.upload(w.data, host.data(), w.bytes());
+        }
+        if (method_ == Method::loqt) nf4_quantize(device, l.w_q, w, nullptr);
+        else convert(device, method_ == Method::full ? l.dense.value : l.w, w);
+    }
+    invalidate();
+}
+
+void LinearGroup::collect(std::vector<Parameter*>& parameters) {
+    for (Linear& l : linears_) parameters.push_back(method_ == Method::full ? &l.dense : &l.b);
+}
+
+Tensor LinearGroup::dequantized_p(Device& device, ScratchScope& scope, const Linear& l, DType dtype, bool next) const {
+    if (method_ == Method::loqt_nq && dtype == l.p.dtype) return next ? l.p_next : l.p;
+    Tensor p = scope.tensor("P", dtype, l.rank, l.h());
+    if (method_ == Method::loqt) nf4_dequantize(device, p, next ? l.p_next_q : l.p_q);
+    else convert(device, p, next ? l.p_next : l.p);
+    return p;
+}
+
+// w_eff: (out_padded, in_padded). Padding is zero because dequantization leaves the zeros there and B's padding rows are zero.
+void LinearGroup::build_effective(Device& device, Tensor w_eff) {
+    for (const Linear& l : linears_) {
+        Tensor slab = w_eff.row_slice(l.row_begin, padded_width(l.out));
+        if (padded_width(l.out) != l.out || padded_width(l.in) != l.in) device.zero(slab);
+        Tensor logical{slab.data, slab.dtype, l.out, l.in, slab.ld};
+        if (method_ == Method::loqt) nf4_dequantize(device, logical, l.w_q);
+        else convert(device, logical, l.w);
+        if (!l.projected && !device.dry()) continue;
+        ScratchScope scope(device);
+        Tensor p = dequantized_p(device, scope, l, slab.dtype);
+        float s = float(config_->method.scale);
+        if (l.right) matmul(device, slab.row_slice(0, l.out), s, p, Op::transpose, l.b.value, Op::transpose, 1.0f);
+        else matmul(device, Tensor{slab.data, slab.dtype, slab.rows, l.in, slab.ld}, s, l.b.value, Op::none, p, Op::none, 1.0f);
+    }
+}
+
+Tensor LinearGroup::effective_weight(Device& device, ScratchScope& scope) {
+    if (method_ == Method::full) return Tensor{fused_.data, fused_.dtype, out_padded_, in_padded(), fused_.ld};
+    if (effective_) {
+        if (!effective_fresh_) build_effective(device, effective_);
+        effective_fresh_ = true;
+        return effective_;
+    }
+    Tensor w_eff = scope.tensor("effective weights", device.activation_dtype(), out_padded_, in_padded());
+    build_effective(device, w_eff);
+    return w_eff;
+}
+
+void LinearGroup::forward(Device& device, Tensor y, Tensor x, Tensor residual) {
+    ScratchScope scope(device);
+    Tensor w = effective_weight(device, scope);
+    if (residual) matmul(device, y, 1.0f, x, Op::none, w, Op::transpose, 1.0f, residual);
+    else matmul(device, y, 1.0f, x, Op::none, w, Op::transpose);
+}
+
+void LinearGroup::backward(Device& device, Tensor dx, Tensor dy, Tensor x, const ProjectionPass& pass) {
+    {
+        ScratchScope scope(device);
+        matmul(device, dx, 1.0f, dy, Op::none, effective_weight(device, scope), Op::none);
+    }
+    if (method_ == Method::full) {
+        matmul(device, Tensor{fused_grad_.data, fused_grad_.dtype, out_padded_, in_padded(), fused_grad_.ld}, 1.0f, dy, Op::transpose, x, Op::none, 1.0f);
+        return;
+    }
+    backward_factors(device, dy, x);
+    if (pass.active) project_gradients(device, dy, x, pass);
+}
+
+// dB += s·dyᵀ·(x·Pᵀ) (left), s·xᵀ·(dy·Pᵀ) (right). The left matrices of a group share x, so their projections are one product.
+void LinearGroup::backward_factors(Device& device, Tensor dy, Tensor x) {
+    float s = float(config_->method.scale);
+    ScratchScope scope(device);
+    int64_t left_rank = 0;
+    for (const Linear& l : linears_) left_rank += l.right ? 0 : l.rank;
+    Tensor u;
+    if (left_rank) {
+        u = scope.tensor("x·P", x.dtype, x.rows, left_rank);
+        ScratchScope p_scope(device);
+        Tensor stacked = p_scope.tensor("stacked P", x.dtype, left_rank, in_);
+        int64_t row = 0;
+        for (const Linear& l : linears_) {
+            if (l.right) continue;
+            Tensor slot = stacked.row_slice(row, l.rank);
+            if (method_ == Method::loqt) nf4_dequantize(device, slot, l.p_q);
+            else convert(device, slot, l.p);
+            row += l.rank;
+        }
+        matmul(device, u, 1.0f, x.col_slice(0, in_), Op::none, stacked, Op::transpose);
+    }
+    int64_t column = 0;
+    for (Linear& l : linears_) {
+        if (l.right) {
+            ScratchScope w_scope(device);
+            Tensor projected = w_scope.tensor("dy·P", dy.dtype, dy.rows, l.rank);
+            Tensor p = dequantized_p(device, w_scope, l, dy.dtype);
+            if (!l.projected && !device.dry()) continue;
+            matmul(device, projected, 1.0f, dy.col_slice(l.row_begin, l.out), Op::none, p, Op::transpose);
+            matmul(device, l.b.grad, s, x, Op::transpose, projected, Op::none, 1.0f);
+        } else {
+            Tensor slice = u.col_slice(column, l.rank);
+            column += l.rank;
+            if (!l.projected && !device.dry()) continue;
+            matmul(device, l.b.grad, s, dy.col_slice(l.row_begin, l.b.grad.rows), Op::transpose, slice, Op::none, 1.0f);
+        }
+    }
+}
+
+void LinearGroup::read_effective(Device& device, const Linear& l, std::vector<float>& out) {
+    ScratchScope scope(device);
+    Tensor w = scope.tensor("exported weights", DType::f32, l.out, l.in);
+    if (method_ == Method::loqt) nf4_dequantize(device, w, l.w_q);
+    else convert(device, w, method_ == Method::full ? l.dense.value : l.w);
+    if (method_ != Method::full && l.projected) {
+        Tensor p = dequantized_p(device, scope, l, DType::f32);
+        Tensor b = scope.tensor("B in fp32", DType::f32, l.n(), l.rank);
+        convert(device, b, l.b.logical(l.b.value));
+        float s = float(config_->method.scale);
+        if (l.right) matmul(device, w, s, p, Op::transpose, b, Op::transpose, 1.0f);
+        else matmul(device, w, s, b, Op::none, p, Op::none, 1.0f);
+    }
+    out.resize(l.out * l.in);
+    device.download(out.data(), w.data, w.bytes());
+}

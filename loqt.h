@@ -1,0 +1,113 @@
+// The LoQT linear layer: y = x·W_effᵀ with W_eff = deq(W_q) + s·P·B, its gradient, and its re-initialisation (LoQT, Algorithm 1 and 2).
+//
+// Matrices are stored as Hugging Face stores them, (out, in). P lies on the narrower side h of the matrix (ties: input), B on the wider n:
+//   left  (h = in)    W_eff = W + s·B·P       W: (n, h)
+//   right (h = out)   W_eff = W + s·(B·P)ᵀ    W: (h, n)
+// with P: (r, h), its rows the leading singular vectors of the gradient on side h, and B: (n, r), the only trained part.
+// Side n is padded in memory to a multiple of 128 where it is not one of 8 (odd widths halve a tensor core's speed or worse);
+// padding holds zeros and never reaches a file, a scale block or a moment.
+//
+// The other methods are the same layer under another policy: `full` trains W itself and has no P and B; `loqt-nq` keeps W and P in bf16.
+#pragma once
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "nf4.h"
+#include "parameter.h"
+#include "projection.h"
+
+enum class Method { full, loqt, loqt_nq };
+Method method_of(const Config& config);
+
+// Writes the (rows, cols) fp32 matrix `name` (Hugging Face name and orientation) to out: random initialisation or an imported model.
+// Called again at the first merge, which starts from the true weights and not from their NF4 round trip.
+using WeightSource = std::function<void(const std::string& name, int64_t rows, int64_t cols, float* out)>;
+
+int64_t padded_width(int64_t width);  // width if a multiple of 8, else the next multiple of 128
+
+struct Linear {
+    std::string name;                 // model.layers.3.mlp.up_proj.weight
+    int64_t out = 0, in = 0;          // logical
+    int64_t row_begin = 0;            // first row of this matrix in its group's fused matrix
+    bool right = false;
+    int64_t rank = 0;
+    bool projected = false;           // P and B exist (from the first re-initialisation on)
+
+    Nf4Tensor w_q, p_q, p_next_q;     // loqt
+    Tensor w;                         // full, loqt-nq: (out, in), part of the group's fused matrix
+    Tensor p, p_next;                 // loqt-nq: (r, h)
+    Parameter b;                      // (n, r)
+    Parameter dense;                  // full: W as a parameter
+    bool next_ready = false;          // p_next holds this merge step's projection
+    float captured_energy = 0;
+
+    int64_t h() const { return right ? out : in; }
+    int64_t n() const { return right ? in : out; }
+};
+
+// What a merge did, summed over matrices.
+struct MergeStatistics {
+    int matrices = 0, failed = 0;     // failed: gradient zero, not finite, or no convergence; the old P stays
+    double quant_error = 0;           // Σ ‖W − W_eff‖/‖W‖ after compensation
+    double plain_quant_error = 0;     // Σ the same without compensation
+    double captured_energy = 0;       // Σ ‖P·G‖²/‖G‖²
+};
+
+// How the current backward pass is to treat a merge.
+struct ProjectionPass {
+    bool active = false;              // this step merges
+    bool first = true, last = true;   // micro-batch of the step
+    bool whole_batch = false;         // gradients of all micro-batches are summed
+    int64_t step = 0;
+};
+
+// The matrices that share one input: q,k,v · o · gate,up · down. One GEMM forward, one for dx.
+class LinearGroup {
+  public:
+    struct Spec {
+        std::string name;
+        int64_t out;
+    };
+    // in_padded: width of the input rows in memory. Sets shapes only.
+    void configure(const Config& config, int64_t in, const std::vector<Spec>& specs);
+    void register_tensors(const Registration& reg);
+    void initialize(Device& device, const WeightSource& source);
+
+    int64_t in_padded() const { return padded_width(in_); }
+    int64_t out_padded() const { return out_padded_; }
+    std::vector<Linear>& linears() { return linears_; }
+    const std::vector<Linear>& linears() const { return linears_; }
+    void collect(std::vector<Parameter*>& parameters);
+
+    // y = x·W_effᵀ + residual (residual may be empty).  x: (T, in_padded), y: (T, out_padded).
+    void forward(Device& device, Tensor y, Tensor x, Tensor residual = {});
+    // dx = dy·W_eff (written); gradients of B (or W) accumulate; on a merge step the new projections are computed into p_next.
+    void backward(Device& device, Tensor dx, Tensor dy, Tensor x, const ProjectionPass& pass);
+    // After the optimizer's update of a merge step: merge s·P·B into W, requantize with compensation, install p_next.
+    // source: the true weights at the first merge, else null.
+    void reinitialize(Device& device, int64_t step, const WeightSource* source, MergeStatistics& statistics);
+    // The trained state changed: cached effective weights are stale.
+    void invalidate() { effective_fresh_ = false; }
+    // W_eff of one matrix in fp32, row-major out × in, to the host (export, tests).
+    void read_effective(Device& device, const Linear& linear, std::vector<float>& out);
+
+  private:
+    Tensor effective_weight(Device& device, ScratchScope& scope);
+    void build_effective(Device& device, Tensor w_eff);
+    Tensor dequantized_p(Device& device, ScratchScope& scope, const Linear& l, DType dtype, bool next = false) const;
+    void backward_factors(Device& device, Tensor dy, Tensor x);
+    void project_gradients(Device& device, Tensor dy, Tensor x, const ProjectionPass& pass);
+    void project_one(Device& device, Linear& l, Tensor gradient, int64_t step);
+    void reinitialize_one(Device& device, Linear& l, int64_t step, const WeightSource* source, MergeStatistics& statistics);
+    void carry_moments(Device& device, Linear& l, Tensor p_old, Tensor p_new, int64_t step);
+
+    const Config* config_ = nullptr;
+    Method method_ = Method::loqt;
+    int64_t in_ = 0, out_padded_ = 0;
+    std::vector<Linear> linears_;
+    Tensor fused_, fused_grad_;       // full: W and dW; loqt-nq: W
+    Tensor merge_gradient_;           // dense gradient summed over micro-batches, fp32
+    Tensor effective_;                // cached W_eff
+    bool effective_fresh_ = false;
+};

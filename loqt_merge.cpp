@@ -1,0 +1,135 @@
+// Re-initialisation of the LoQT linear layer: projections from the gradient, merging, compensation, moments (LoQT, Algorithm 2, corrected).
+//
+// A merge costs no extra pass over data. During the ordinary backward pass the dense gradient G of one matrix at a time gives the new P
+// (into p_next); the optimizer then takes its ordinary step in the old basis; then every matrix is merged and made anew.
+#include "compensation.h"
+#include "loqt.h"
+#include "ops/elementwise.h"
+#include "ops/linalg.h"
+#include "ops/matmul.h"
+
+void LinearGroup::project_gradients(Device& device, Tensor dy, Tensor x, const ProjectionPass& pass) {
+    bool accumulate = merge_gradient_ && pass.whole_batch;
+    if (accumulate) matmul(device, merge_gradient_, 1.0f, dy, Op::transpose, x, Op::none, pass.first ? 0.0f : 1.0f);
+    if (!pass.last) return;
+    for (Linear& l : linears_) {
+        ScratchScope scope(device);
+        int64_t rows = padded_width(l.out);
+        Tensor g = accumulate ? merge_gradient_.row_slice(l.row_begin, rows) : scope.tensor("dense gradient", DType::f32, rows, in_padded());
+        if (!accumulate) matmul(device, g, 1.0f, dy.col_slice(l.row_begin, rows), Op::transpose, x, Op::none);
+        project_one(device, l, Tensor{g.data, g.dtype, l.out, l.in, g.ld}, pass.step);
+    }
+}
+
+void LinearGroup::project_one(Device& device, Linear& l, Tensor gradient, int64_t step) {
+    ScratchScope scope(device);
+    bool subspace = config_->method.projection == "subspace";
+    Tensor p = scope.tensor("new P", DType::f32, l.rank, l.h());
+    Tensor previous;
+    if (subspace && (l.projected || device.dry())) previous = dequantized_p(device, scope, l, DType::f32);
+    ProjectionResult result = leading_singular_vectors(device, p, gradient, l.right, subspace ? ProjectionMethod::subspace : ProjectionMethod::gram,
+                                                       previous, uint64_t(config_->train.seed), l.b.stream + (uint32_t(step) << 12));
+    l.next_ready = result.ok || device.dry();
+    l.captured_energy = result.captured_energy;
+    if (!l.next_ready) return;
+    if (method_ == Method::loqt) nf4_quantize(device, l.p_next_q, p, nullptr);
+    else convert(device, l.p_next, p);
+}
+
+void LinearGroup::reinitialize(Device& device, int64_t step, const WeightSource* source, MergeStatistics& statistics) {
+    for (Linear& l : linears_) {
+        ++statistics.matrices;
+        if (l.next_ready) reinitialize_one(device, l, step, source, statistics);
+        else ++statistics.failed;
+        l.next_ready = false;
+    }
+    invalidate();
+}
+
+void LinearGroup::reinitialize_one(Device& device, Linear& l, int64_t step, const WeightSource* source, MergeStatistics& statistics) {
+    ScratchScope scope(device);
+    float s = float(config_->method.scale);
+    Tensor b = l.b.logical(l.b.value);
+
+    // W in fp32 with the old adapters merged in.
+    Tensor w = scope.tensor("merged weights", DType::f32, l.out, l.in);
+    if (source && !device.dry()) {
+        std::vector<float> host(l.out * l.in);
+        (*source)(l.name, l.out, l.in, host.data());
+        device.upload(w.data, host.data(), w.bytes());
+    } else if (method_ == Method::loqt) {
+        nf4_dequantize(device, w, l.w_q);
+    } else {
+        convert(device, w, l.w);
+    }
+    Tensor p_new = scope.tensor("new P", DType::f32, l.rank, l.h());
+    if (method_ == Method::loqt) nf4_dequantize(device, p_new, l.p_next_q);
+    else convert(device, p_new, l.p_next);
+    if (l.projected || device.dry()) {
+        ScratchScope old_scope(device);
+        Tensor p_old = old_scope.tensor("old P", DType::f32, l.rank, l.h());
+        if (method_ == Method::loqt) nf4_dequantize(device, p_old, l.p_q);
+        else convert(device, p_old, l.p);
+        Tensor b_old = old_scope.tensor("old B", DType::f32, l.n(), l.rank);
+        convert(device, b_old, b);
+        if (l.right) matmul(device, w, s, p_old, Op::transpose, b_old, Op::transpose, 1.0f);
+        else matmul(device, w, s, b_old, Op::none, p_old, Op::none, 1.0f);
+        carry_moments(device, l, p_old, p_new, step);
+    }
+
+    // W, P and B anew.
+    if (method_ == Method::loqt) {
+        CompensationResult result = quantize_with_compensation(device, l.w_q, b, w, p_new, l.right, s, int(config_->method.compensation_rounds));
+        statistics.quant_error += result.error;
+        statistics.plain_quant_error += result.quant_error;
+        device.copy(l.p_q.codes.data, l.p_next_q.codes.data, l.p_q.codes.bytes());
+        if (l.p_q.nested) {
+            device.copy(l.p_q.codes8.data, l.p_next_q.codes8.data, l.p_q.codes8.bytes());
+            device.copy(l.p_q.scale2.data, l.p_next_q.scale2.data, l.p_q.scale2.bytes());
+            device.copy(l.p_q.offset.data, l.p_next_q.offset.data, l.p_q.offset.bytes());
+        } else {
+            device.copy(l.p_q.absmax.data, l.p_next_q.absmax.data, l.p_q.absmax.bytes());
+        }
+    } else {
+        convert(device, l.w, w);
+        device.zero(l.b.value);
+        device.copy(l.p.data, l.p_next.data, l.p.bytes());
+    }
+    if (l.b.moments.correction) device.zero(l.b.moments.correction);
+    statistics.captured_energy += l.captured_energy;
+    l.projected = true;
+    l.b.active = true;
+}
+
+// B changes basis; its moments belong to the old one.
+//   keep     as they are (the official code)
+//   reset    zero, Adam's t starts over
+//   project  m ← m·R, v ← v·(R∘R), R = P_old·P_new⁺ (r, r): the coordinates of the old rows in the new basis
+void LinearGroup::carry_moments(Device& device, Linear& l, Tensor p_old, Tensor p_new, int64_t step) {
+    const std::string& policy = config_->method.moments_at_merge;
+    AdamState& state = l.b.moments;
+    if (policy == "keep") return;
+    if (policy == "reset") {
+        for (Tensor t : {state.m, state.v, state.m_absmax, state.v_absmax})
+            if (t) device.zero(t);
+        l.b.updates = 0;
+        return;
+    }
+    ScratchScope scope(device);
+    Tensor r = scope.tensor("basis change", DType::f32, l.rank, l.rank);
+    {
+        ScratchScope gram_scope(device);
+        Tensor k = gram_scope.tensor("P·Pᵀ", DType::f32, l.rank, l.rank);
+        matmul(device, k, 1.0f, p_new, Op::none, p_new, Op::transpose);
+        matmul(device, r, 1.0f, p_old, Op::none, p_new, Op::transpose);
+        if (!solve_spd_right(device, r, k) && !device.dry()) device.zero(r);
+    }
+    Tensor old_moment = scope.tensor("old moment", DType::f32, l.n(), l.rank), new_moment = scope.tensor("new moment", DType::f32, l.n(), l.rank);
+    auto flat = [](Tensor t) { return Tensor{t.data, t.dtype, 1, t.numel(), t.numel()}; };
+    for (bool second : {false, true}) {
+        if (second) square(device, r, r);
+        adam_load_moment(device, flat(old_moment), state, second);
+        matmul(device, new_moment, 1.0f, old_moment, Op::none, r, Op::none);
+        adam_store_moment(device, state, second, flat(new_moment), uint64_t(config_->train.seed), l.b.stream, uint32_t(step));
+    }
+}

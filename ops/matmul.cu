@@ -1,0 +1,174 @@
+// Matrix products. See matmul.h.
+#include "ops/matmul.h"
+
+#include <cblas.h>
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <string>
+
+#include "runtime/cuda_context.h"
+
+namespace {
+
+struct Product {  // D (m, n) = alpha·op(A) (m, k)·op(B) (k, n) + beta·C
+    int64_t m, n, k;
+    float alpha, beta;
+    Tensor a, b, c, d;
+    Op op_a, op_b;
+
+    std::string describe() const {
+        auto matrix = [](const char* name, const Tensor& t, Op op) {
+            return format("%s %lld×%lld %s ld %lld%s", name, (long long)t.rows, (long long)t.cols, safetensors_name(t.dtype), (long long)t.ld,
+                          op == Op::transpose ? " transposed" : "");
+        };
+        return matrix("D", d, Op::none) + " = " + matrix("A", a, op_a) + " · " + matrix("B", b, op_b) +
+               (beta != 0 ? " + " + matrix("C", c, Op::none) : "");
+    }
+};
+
+// ---- CPU ---------------------------------------------------------------------------------------------------------------
+
+// D is cut into fixed tiles, each one single-threaded sgemm: OpenBLAS's own threading rounds differently for different thread
+// counts, this does not (and is as fast).
+constexpr int64_t kTile = 256;
+
+void matmul_cpu(const Product& p) {
+    const float *a = p.a.as<float>(), *b = p.b.as<float>(), *c = p.c.as<float>();
+    float* d = p.d.as<float>();
+    bool copy_c = p.beta != 0 && c != d;
+    openblas_set_num_threads(1);
+    int64_t tile_columns = ceil_div(p.n, kTile), tiles = ceil_div(p.m, kTile) * tile_columns;
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        int64_t i0 = tile / tile_columns * kTile, rows = std::min(kTile, p.m - i0);
+        int64_t j0 = tile % tile_columns * kTile, cols = std::min(kTile, p.n - j0);
+        for (int64_t i = i0; i < i0 + rows && (copy_c || p.k == 0); ++i)
+            for (int64_t j = j0; j < j0 + cols; ++j) {
+                float start = p.beta != 0 ? c[i * p.c.ld + j] : 0.0f;
+                d[i * p.d.ld + j] = p.k == 0 ? p.beta * start : start;
+            }
+        if (p.k == 0) continue;
+        cblas_sgemm(CblasRowMajor, p.op_a == Op::transpose ? CblasTrans : CblasNoTrans, p.op_b == Op::transpose ? CblasTrans : CblasNoTrans,
+                    blasint(rows), blasint(cols), blasint(p.k), p.alpha, a + (p.op_a == Op::transpose ? i0 : i0 * p.a.ld), blasint(p.a.ld),
+                    b + (p.op_b == Op::transpose ? j0 * p.b.ld : j0), blasint(p.b.ld), p.beta, d + i0 * p.d.ld + j0, blasint(p.d.ld));
+    }
+}
+
+}  // namespace
+
+// ---- CUDA --------------------------------------------------------------------------------------------------------------
+
+#ifdef WITH_CUDA
+
+// Everything that cuBLASLt must know of a product beforehand, and the algorithm that its heuristic chose. The opaque structs own
+// nothing, so a plan is a plain value.
+struct CublasLtPlan {
+    cublasLtMatmulDescOpaque_t operation;
+    cublasLtMatrixLayoutOpaque_t a, b, c, d;
+    cublasLtMatmulAlgo_t algorithm;
+};
+using CublasLtPlanKey = std::array<int64_t, 17>;
+struct CublasLtPlans {
+    std::map<CublasLtPlanKey, CublasLtPlan> by_key;
+};
+
+namespace {
+
+cudaDataType_t cuda_type(DType t) { return t == DType::bf16 ? CUDA_R_16BF : CUDA_R_32F; }
+
+// The largest power of two up to 16 bytes (one vector access) that divides the address.
+int64_t alignment(const void* pointer) {
+    int64_t bytes = 16;
+    while (reinterpret_cast<uintptr_t>(pointer) % bytes) bytes /= 2;
+    return bytes;
+}
+
+// cuBLASLt is column-major: the row-major D = op(A)·op(B) is the column-major Dᵀ = op(B)ᵀ·op(A)ᵀ, and a row-major matrix read as a
+// column-major one is already transposed. So the operands change places and keep their op, and rows and columns swap.
+CublasLtPlan make_plan(const CudaContext& cuda, const Product& p) {
+    CublasLtPlan plan{};
+    CUBLAS_CHECK(cublasLtMatmulDescInit(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));  // fp32 inputs: true fp32, no TF32
+    cublasOperation_t first = p.op_b == Op::transpose ? CUBLAS_OP_T : CUBLAS_OP_N, second = p.op_a == Op::transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
+    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(&plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first));
+    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(&plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second));
+    CUBLAS_CHECK(cublasLtMatrixLayoutInit(&plan.a, cuda_type(p.b.dtype), p.b.cols, p.b.rows, p.b.ld));
+    CUBLAS_CHECK(cublasLtMatrixLayoutInit(&plan.b, cuda_type(p.a.dtype), p.a.cols, p.a.rows, p.a.ld));
+    CUBLAS_CHECK(cublasLtMatrixLayoutInit(&plan.c, cuda_type(p.c.dtype), p.n, p.m, p.c.ld));
+    CUBLAS_CHECK(cublasLtMatrixLayoutInit(&plan.d, cuda_type(p.d.dtype), p.n, p.m, p.d.ld));
+
+    cublasLtMatmulPreferenceOpaque_t preference{};
+    CUBLAS_CHECK(cublasLtMatmulPreferenceInit(&preference));
+    auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
+        CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(&preference, attribute, &value, sizeof value));
+    };
+    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(cuda.workspace_bytes));
+    // Split-K only with fp32 partial sums added in a fixed order: in-place reduction has no order, output-type would round to bf16.
+    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t(CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, uint32_t(alignment(p.b.data)));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, uint32_t(alignment(p.a.data)));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, uint32_t(alignment(p.c.data)));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, uint32_t(alignment(p.d.data)));
+
+    // The first usable candidate, never the fastest measured one: timing would make the choice, and so the bits, vary between runs.
+    constexpr int kCandidates = 8;
+    cublasLtMatmulHeuristicResult_t candidates[kCandidates]{};
+    int found = 0;
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(cuda.blaslt, &plan.operation, &plan.a, &plan.b, &plan.c, &plan.d, &preference,
+                                                           kCandidates, candidates, &found);
+    for (int i = 0; i < found && status == CUBLAS_STATUS_SUCCESS; ++i) {
+        uint32_t reduction = 0;
+        size_t written = 0;
+        CUBLAS_CHECK(cublasLtMatmulAlgoConfigGetAttribute(&candidates[i].algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &reduction,
+                                                          sizeof reduction, &written));
+        if (candidates[i].state != CUBLAS_STATUS_SUCCESS || reduction == CUBLASLT_REDUCTION_SCHEME_INPLACE) continue;
+        plan.algorithm = candidates[i].algo;
+        return plan;
+    }
+    throw InternalError("cuBLASLt has no algorithm for " + p.describe() + ": " + cublasGetStatusString(status));
+}
+
+template <class T> __global__ void scale_kernel(T* d, int64_t ld_d, const T* c, int64_t ld_c, int64_t rows, int64_t cols, float beta) {
+    int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= rows * cols) return;
+    int64_t r = i / cols, j = i % cols;
+    store(d[r * ld_d + j], beta == 0 ? 0.0f : beta * to_float(c[r * ld_c + j]));
+}
+
+// D = beta·C, what is left of a product with k = 0.
+template <class T> void scale_cuda(const CudaContext& cuda, const Product& p) {
+    int64_t blocks = ceil_div(p.m * p.n, 256);
+    scale_kernel<T><<<unsigned(blocks), 256, 0, cuda.stream>>>(p.d.as<T>(), p.d.ld, p.c.as<T>(), p.c.ld, p.m, p.n, p.beta);
+    LAUNCH_CHECK();
+}
+
+void matmul_cuda(CudaContext& cuda, const Product& p) {
+    if (p.k == 0) return p.d.dtype == DType::bf16 ? scale_cuda<bf16>(cuda, p) : scale_cuda<float>(cuda, p);
+    if (!cuda.plans) cuda.plans = std::make_shared<CublasLtPlans>();
+    CublasLtPlanKey key{p.m, p.n, p.k, int64_t(p.op_a), int64_t(p.op_b), int64_t(p.a.dtype), int64_t(p.d.dtype), p.a.ld, p.b.ld, p.c.ld, p.d.ld,
+                        alignment(p.a.data), alignment(p.b.data), alignment(p.c.data), alignment(p.d.data), p.beta == 0, p.c.data == p.d.data};
+    auto it = cuda.plans->by_key.find(key);
+    if (it == cuda.plans->by_key.end()) it = cuda.plans->by_key.emplace(key, make_plan(cuda, p)).first;
+    CublasLtPlan& plan = it->second;
+    cublasStatus_t status = cublasLtMatmul(cuda.blaslt, &plan.operation, &p.alpha, p.b.data, &plan.a, p.a.data, &plan.b, &p.beta, p.c.data,
+                                           &plan.c, p.d.data, &plan.d, &plan.algorithm, cuda.workspace, cuda.workspace_bytes, cuda.stream);
+    if (status != CUBLAS_STATUS_SUCCESS) throw InternalError("cublasLtMatmul failed for " + p.describe() + ": " + cublasGetStatusString(status));
+}
+
+}  // namespace
+#endif
+
+void matmul(Device& device, Tensor d, float alpha, Tensor a, Op op_a, Tensor b, Op op_b, float beta, Tensor c) {
+    if (beta == 0) c = d;  // not read
+    bool flip_a = op_a == Op::transpose, flip_b = op_b == Op::transpose;
+    Product p{flip_a ? a.cols : a.rows, flip_b ? b.rows : b.cols, flip_a ? a.rows : a.cols, alpha, beta, a, b, c, d, op_a, op_b};
+    CHECK_INTERNAL(p.k == (flip_b ? b.cols : b.rows) && d.rows == p.m && d.cols == p.n && c.rows == p.m && c.cols == p.n, "shapes differ: %s",
+                   p.describe().c_str());
+    CHECK_INTERNAL(c.data != d.data || c.ld == d.ld, "C is D with another ld: %s", p.describe().c_str());
+    bool types = device.is_cuda() ? (a.dtype == DType::bf16 && d.dtype == DType::bf16) || d.dtype == DType::f32 : a.dtype == DType::f32 && d.dtype == DType::f32;
+    CHECK_INTERNAL(types && a.dtype == b.dtype && c.dtype == d.dtype && (a.dtype == DType::f32 || a.dtype == DType::bf16),
+                   "unsupported types: %s", p.describe().c_str());
+    if (p.m == 0 || p.n == 0) return;
+    ON_DEVICE(device, matmul_cuda(device.cuda(), p), matmul_cpu(p));
+}

@@ -1,0 +1,82 @@
+// Building blocks of the memory-bound kernels: 16-byte loads and stores of bf16/fp32 groups, warp sums, launch geometry.
+// Kernels are templates over the group width N: 8 elements where all rows are 16-byte aligned, else 1.
+#pragma once
+#ifdef WITH_CUDA
+#include "runtime/cuda_context.h"
+#include "runtime/tensor.h"
+
+constexpr int kWarp = 32;
+constexpr int kVector = 8;  // one 16-byte access of bf16, two of fp32
+
+// Two fp32 to packed bf16, round to nearest even; lo goes to the lower address.
+__device__ __forceinline__ uint32_t pack_bf16x2(float lo, float hi) {
+    uint32_t packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+    return packed;
+}
+
+__device__ __forceinline__ void unpack_bf16x8(const uint4& raw, float (&x)[8]) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        x[2 * i] = float_of_bits(words[i] << 16);
+        x[2 * i + 1] = float_of_bits(words[i] & 0xffff0000u);
+    }
+}
+
+// N consecutive elements as fp32; for N = 8, p must be 16-byte aligned.
+template <int N> __device__ __forceinline__ void load_n(const bf16* p, float (&x)[N]) {
+    static_assert(N == 1 || N == 8, "width");
+    if constexpr (N == 8) unpack_bf16x8(*reinterpret_cast<const uint4*>(p), x);
+    else x[0] = to_float(*p);
+}
+template <int N> __device__ __forceinline__ void load_n(const float* p, float (&x)[N]) {
+    static_assert(N == 1 || N == 8, "width");
+    if constexpr (N == 8) {
+        float4 a = *reinterpret_cast<const float4*>(p), b = *reinterpret_cast<const float4*>(p + 4);
+        x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+    } else {
+        x[0] = *p;
+    }
+}
+
+template <int N> __device__ __forceinline__ void store_n(bf16* p, const float (&x)[N]) {
+    if constexpr (N == 8)
+        *reinterpret_cast<uint4*>(p) = make_uint4(pack_bf16x2(x[0], x[1]), pack_bf16x2(x[2], x[3]), pack_bf16x2(x[4], x[5]), pack_bf16x2(x[6], x[7]));
+    else store(*p, x[0]);
+}
+template <int N> __device__ __forceinline__ void store_n(float* p, const float (&x)[N]) {
+    if constexpr (N == 8) {
+        *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
+        *reinterpret_cast<float4*>(p + 4) = make_float4(x[4], x[5], x[6], x[7]);
+    } else {
+        *p = x[0];
+    }
+}
+
+// Sum over the warp, the same bits in every lane (each exchange adds the same two numbers on both sides).
+template <class T> __device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+
+// True if every row of t starts on a 16-byte boundary.
+inline bool aligned_rows(const Tensor& t) {
+    return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && (t.rows == 1 || t.ld * size_of(t.dtype) % 16 == 0);
+}
+
+// Blocks of threads that give every group of every row of a matrix one thread: block b works on row b / blocks_per_row.
+struct RowLaunch {
+    unsigned blocks, threads, blocks_per_row;
+};
+inline RowLaunch row_launch(int64_t rows, int64_t groups) {
+    int64_t per_row = ceil_div(groups, 256), blocks = rows * per_row;
+    CHECK_INTERNAL(blocks < (int64_t(1) << 31), "%lld × %lld groups exceed one launch", (long long)rows, (long long)groups);
+    return RowLaunch{unsigned(blocks), unsigned(round_up(ceil_div(groups, per_row), kWarp)), unsigned(per_row)};
+}
+__device__ __forceinline__ int64_t launch_row(unsigned blocks_per_row) { return blockIdx.x / blocks_per_row; }
+__device__ __forceinline__ int64_t launch_group(unsigned blocks_per_row) {
+    return int64_t(blockIdx.x % blocks_per_row) * blockDim.x + threadIdx.x;
+}
+#endif

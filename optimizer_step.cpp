@@ -1,0 +1,58 @@
+#include "optimizer_step.h"
+
+#include <cmath>
+
+#include "ops/elementwise.h"
+
+double learning_rate(const Config& config, int64_t step) {
+    const OptimizerConfig& o = config.optimizer;
+    double total = double(config.train.steps), warmup = std::floor(o.warmup_ratio * total), u = double(step);
+    if (u < warmup) return o.lr * (u + 1) / warmup;
+    double progress = total > warmup ? (u - warmup) / (total - warmup) : 1.0;
+    return o.lr * (o.min_lr_ratio + (1 - o.min_lr_ratio) * 0.5 * (1 + std::cos(3.141592653589793 * progress)));
+}
+
+StepSums::StepSums(Device& device, Llama& model, const Config& config) : device_(device), parameters_(model.parameters().size()) {
+    losses_ = static_cast<double*>(device.allocate(config.micro_batches() * int64_t(sizeof(double)), "loss sums"));
+    squares_ = static_cast<double*>(device.allocate(int64_t(parameters_ * sizeof(double)), "gradient norms"));
+    // Also here so that a dry run counts the scratch of the sums.
+    for (size_t i = 0; device.dry() && i < parameters_; ++i) {
+        Parameter& p = *model.parameters()[i];
+        sum_of_squares(device, squares_, int64_t(i), p.logical(p.grad));
+    }
+}
+
+StepSums::~StepSums() {
+    device_.release(losses_);
+    device_.release(squares_);
+}
+
+double StepSums::read_losses(int64_t count) {
+    std::vector<double> host(count);
+    device_.download(host.data(), losses_, count * int64_t(sizeof(double)));
+    double total = 0;
+    for (double x : host) total += x;
+    return total;
+}
+
+void StepSums::read(Llama& model, int64_t count, double* loss_sum, double* gradient_norm) {
+    for (size_t i = 0; i < parameters_; ++i) {
+        Parameter& p = *model.parameters()[i];
+        sum_of_squares(device_, squares_, int64_t(i), p.logical(p.grad));
+    }
+    std::vector<double> host(parameters_);
+    device_.download(host.data(), squares_, int64_t(parameters_ * sizeof(double)));
+    double total = 0;
+    for (double x : host) total += x;
+    *gradient_norm = std::sqrt(total);
+    *loss_sum = read_losses(count);
+}
+
+void update_parameters(Device& device, Llama& model, const Config& config, int64_t step, double lr, double grad_scale) {
+    for (Parameter* p : model.parameters()) {
+        if (!p->active && !device.dry()) continue;
+        adam_update(device, p->logical(p->value), p->logical(p->grad), p->moments, adam_step(config, *p, lr, grad_scale, step), nullptr);
+        ++p->updates;
+    }
+    model.invalidate();
+}

@@ -1,0 +1,95 @@
+// See plan.h.
+#include "plan.h"
+
+#include <algorithm>
+
+#include "flops.h"
+#include "llama.h"
+#include "optimizer_step.h"
+
+namespace {
+
+// The driver's context, loaded kernels and library handles: not ours to plan, about this much (measured on an H200, CUDA 13.0).
+constexpr int64_t kContextBytes = int64_t(600) << 20;
+constexpr int64_t kWorkspaceBytes = int64_t(64) << 20;
+// Larger micro-batches than this gain nothing: GPUs are saturated, CPU caches overflow.
+constexpr int64_t kMostTokensCuda = 131072, kMostTokensCpu = 2048;
+
+double gib(int64_t bytes) { return double(bytes) / double(int64_t(1) << 30); }
+
+}  // namespace
+
+MemoryPlan plan_memory(const Config& config, DeviceKind kind, bool cache_effective) {
+    auto device = Device::open_dry(kind);
+    Llama model(config, *device, true, cache_effective);
+    model.allocate();
+    model.initialize(WeightSource{});
+    Batch batch;
+    batch.rows = config.train.micro_batch, batch.seq = config.train.seq_len;
+    ProjectionPass pass;
+    pass.active = config.low_rank();
+    pass.whole_batch = config.method.projection_gradient == "full" && config.micro_batches() > 1;
+    model.evaluate(batch, nullptr, 0);
+    model.train(batch, 1.0f, nullptr, 0, pass);
+    StepSums sums(*device, model, config);
+    update_parameters(*device, model, config, 0, 0.0, 1.0);
+    if (config.low_rank()) model.merge(0, nullptr);
+
+    MemoryPlan plan;
+    plan.cache_effective = cache_effective;
+    for (auto& [family, bytes] : model.table().families())
+        if (bytes) plan.lines.push_back({family_name(family), bytes});
+    plan.scratch = device->scratch_high_water();
+    plan.lines.push_back({"scratch", plan.scratch});
+    if (kind == DeviceKind::cuda) plan.lines.push_back({"cuBLAS workspace", kWorkspaceBytes}), plan.lines.push_back({"CUDA context and libraries (estimate)", kContextBytes});
+    for (auto& line : plan.lines) plan.total += line.second;
+    return plan;
+}
+
+MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget) {
+    const std::string& wish = config.train.effective_weights;
+    auto fits = [&](const MemoryPlan& plan) { return budget == 0 || plan.total <= budget; };
+    int64_t most_tokens = kind == DeviceKind::cuda ? kMostTokensCuda : kMostTokensCpu;
+    std::vector<int64_t> candidates;
+    if (config.train.micro_batch) {
+        candidates.push_back(config.train.micro_batch);
+    } else {
+        for (int64_t m = config.train.batch; m >= 1; --m)
+            if (config.train.batch % m == 0 && (m * config.train.seq_len <= most_tokens || m == 1)) candidates.push_back(m);
+    }
+    MemoryPlan smallest;
+    for (int64_t candidate : candidates) {
+        Config trial = config;
+        trial.train.micro_batch = candidate;
+        // A rebuilt W_eff is cheap next to a larger micro-batch, so size comes first and the cache takes what is left.
+        MemoryPlan plan = plan_memory(trial, kind, wish == "cached");
+        smallest = plan;
+        if (!fits(plan)) continue;
+        if (wish == "auto" && config.low_rank()) {
+            MemoryPlan cached = plan_memory(trial, kind, true);
+            if (fits(cached)) plan = cached;
+        }
+        config.train.micro_batch = candidate;
+        config.train.effective_weights = plan.cache_effective ? "cached" : "rebuilt";
+        return plan;
+    }
+    std::string remedy;
+    if (config.train.gradients == "fp32" && kind == DeviceKind::cuda) remedy += " --gradients bf16;";
+    if (config.optimizer.moments == "fp32") remedy += " --moments int8;";
+    if (config.method.projection_gradient == "full" && config.train.batch > 1 && config.low_rank()) remedy += " --projection_gradient last;";
+    if (config.train.micro_batch > 1) remedy += " --micro_batch auto;";
+    throw UserError(format("does not fit: %.2f GiB planned at a micro-batch of %lld sequences, %.2f GiB allowed; try%s a shorter --seq_len or a smaller --rank",
+                           gib(smallest.total), (long long)candidates.back(), gib(budget), remedy.c_str()));
+}
+
+std::string describe_plan(const Config& config, const MemoryPlan& plan, DeviceKind kind, int64_t budget) {
+    std::string text = format("%s, %.2f M parameters, method %s", config.run.dir.c_str(), double(parameter_count(config)) / 1e6, config.method.name.c_str());
+    if (config.low_rank()) text += format(", rank %lld", (long long)config.method.rank);
+    text += format("\ndevice kind %s, sequence %lld, batch %lld sequences = %lld micro-batches of %lld, effective weights %s\n\n",
+                   kind == DeviceKind::cuda ? "cuda" : "cpu", (long long)config.train.seq_len, (long long)config.train.batch,
+                   (long long)config.micro_batches(), (long long)config.train.micro_batch, config.train.effective_weights.c_str());
+    for (auto& [name, bytes] : plan.lines) text += format("  %-40s %10.4f GiB\n", name.c_str(), gib(bytes));
+    text += format("  %-40s %10.4f GiB", "total", gib(plan.total));
+    if (budget) text += format("   of %.2f GiB allowed", gib(budget));
+    return text + "\n";
+}

@@ -1,0 +1,61 @@
+// Names, places and arenas of all lasting tensors. See tensor_table.h.
+#include "runtime/tensor_table.h"
+
+constexpr int64_t kAlignment = 256;
+
+const char* family_name(Family family) {
+    switch (family) {
+        case Family::frozen: return "frozen weights";
+        case Family::trained: return "trained weights";
+        case Family::gradients: return "gradients";
+        case Family::moments: return "optimizer moments";
+        case Family::projection: return "merge buffers";
+        case Family::activations: return "activations";
+        case Family::effective: return "effective weights";
+    }
+    return "?";
+}
+
+void TensorTable::add(const std::string& name, Family family, Tensor* holder, DType dtype, int64_t rows, int64_t cols, bool saved,
+                      int64_t padded_rows, int64_t ld) {
+    *holder = Tensor{nullptr, dtype, padded_rows ? padded_rows : rows, cols, ld ? ld : cols};
+    entries_.push_back(TensorEntry{name, family, holder, rows, cols, sizes_[family], saved});
+    sizes_[family] += round_up(std::max<int64_t>(holder->bytes(), 1), kAlignment);
+}
+
+void TensorTable::add_part(const std::string& name, Tensor* holder, const Tensor* parent, int64_t row_begin, int64_t rows, int64_t cols,
+                           int64_t padded_rows, bool saved) {
+    *holder = Tensor{nullptr, parent->dtype, padded_rows, cols, parent->ld};
+    parts_.push_back(Part{entries_.size(), parent, row_begin, padded_rows});
+    entries_.push_back(TensorEntry{name, Family::frozen, holder, rows, cols, 0, saved});
+    for (const TensorEntry& entry : entries_)
+        if (entry.holder == parent) entries_.back().family = entry.family;
+}
+
+void TensorTable::allocate(Device& device) {
+    for (auto& [family, bytes] : sizes_) {
+        if (bytes == 0) continue;
+        bases_[family] = static_cast<char*>(device.allocate(bytes, family_name(family)));
+        device.zero(bases_[family], bytes);
+    }
+    std::vector<bool> is_part(entries_.size(), false);
+    for (const Part& part : parts_) is_part[part.entry] = true;
+    for (size_t i = 0; i < entries_.size(); ++i)
+        if (!is_part[i]) entries_[i].holder->data = bases_[entries_[i].family] + entries_[i].offset;
+    for (const Part& part : parts_) entries_[part.entry].holder->data = part.parent->at(part.row_begin, 0);
+}
+
+void TensorTable::zero_family(Device& device, Family family) {
+    if (sizes_[family]) device.zero(bases_[family], sizes_[family]);
+}
+
+int64_t TensorTable::family_bytes(Family family) const {
+    auto it = sizes_.find(family);
+    return it == sizes_.end() ? 0 : it->second;
+}
+
+int64_t TensorTable::total_bytes() const {
+    int64_t total = 0;
+    for (auto& [family, bytes] : sizes_) total += bytes;
+    return total;
+}

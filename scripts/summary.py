@@ -1,0 +1,50 @@
+#!/usr/bin/env python3
+"""Prints what a run did, from its metrics.jsonl: loss at start and end, merges, speed, memory. Usage: summary.py RUN_DIR"""
+import json
+import os
+import sys
+
+
+def read_events(run):
+    """Events of a run by kind; a step that was trained again after a crash counts once, the last time. Torn lines are passed over."""
+    events = {}
+    with open(os.path.join(run, "metrics.jsonl"), encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            key = event.get("step", len(events))
+            events.setdefault(event["event"], {})[key] = event
+    return {kind: [by_step[s] for s in sorted(by_step)] for kind, by_step in events.items()}
+
+
+def bar(value, low, high, width=46):
+    return "#" * round(width * (value - low) / (high - low)) if high > low else ""
+
+
+def main():
+    if len(sys.argv) != 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        events = read_events(sys.argv[1])
+    except OSError as error:
+        print(f"summary.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    evals, merges, steps = events.get("eval", []), events.get("merge", []), events.get("train", [])
+    for e in evals:
+        print(f"  step {e['step']:>6}  validation loss {e['loss']:.4f}  perplexity {e['perplexity']:>8.2f}  {bar(e['loss'], 0, evals[0]['loss'])}")
+    if evals:
+        print(f"validation loss fell by {evals[0]['loss'] - evals[-1]['loss']:.2f} nats")
+    if merges:
+        print(f"{len(merges)} merges at steps {', '.join(str(m['step']) for m in merges)}; "
+              f"NF4 error after compensation {merges[-1]['quant_error']:.3f} (without: {merges[-1]['quant_error_uncompensated']:.3f})")
+    if steps:
+        rate = sorted(s["tokens_per_s"] for s in steps)[len(steps) // 2]
+        print(f"{rate:,.0f} tokens/s (median step), peak memory {steps[-1]['memory_bytes'] / 2**30:.2f} GiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+// Configuration: the presets, overrides, and every kind of mistake with its one-line message.
+#include "runtime/config.h"
+
+#include <filesystem>
+#include <fstream>
+
+#include "flops.h"
+#include "test/support.h"
+
+namespace {
+
+std::string message_of(const std::function<void()>& f) {
+    try {
+        f();
+    } catch (const UserError& error) {
+        return error.what();
+    }
+    return "(no error)";
+}
+
+bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+std::string message_for_json(const std::string& text) {
+    std::string path = (std::filesystem::temp_directory_path() / ("loqt_config_" + std::to_string(fresh_seed()) + ".json")).string();
+    std::ofstream(path) << text;
+    std::string message = message_of([&] {
+        Config c;
+        read_config_file(c, path);
+        validate_config(c);
+    });
+    std::filesystem::remove(path);
+    return message;
+}
+
+}  // namespace
+
+TEST_CASE("presets: valid, and the parameter counts of the paper's table", "[config]") {
+    const std::pair<const char*, double> counts[] = {{"60m", 58.07}, {"130m", 134.11}, {"350m", 367.97}, {"1b", 1339.08}, {"7b", 6738.42}, {"13b", 13015.86}};
+    for (auto& [name, millions] : counts) {
+        Config c;
+        read_config_file(c, std::string("configs/") + name + ".json");
+        validate_config(c);
+        CHECK(double(parameter_count(c)) / 1e6 == Approx(millions).margin(0.005));
+        CHECK(c.train.batch * c.train.seq_len == 131072);
+    }
+    Config tiny;
+    read_config_file(tiny, "configs/tiny.json");
+    validate_config(tiny);
+}
+
+TEST_CASE("config: unknown keys name the nearest one", "[config]") {
+    CHECK(contains(message_for_json(R"({"method": {"ranc": 8}})"), "did you mean \"method.rank\""));
+    CHECK(contains(message_for_json(R"({"modle": 3})"), "not a section"));
+    CHECK(contains(message_of([] { resolve_key("learning_rat"); }), "unknown option --learning_rat"));
+    CHECK(contains(message_of([] { resolve_key("warmup_ration"); }), "--optimizer.warmup_ratio"));
+    CHECK(contains(message_of([] { resolve_key("every"); }), "ambiguous: --eval.every --checkpoint.every"));
+    CHECK(resolve_key("rank") == "method.rank");
+}
+
+TEST_CASE("config: bad values name key, value and what was expected", "[config]") {
+    CHECK(contains(message_for_json(R"({"method": {"rank": 0}})"), "method.rank: got 0"));
+    CHECK(contains(message_for_json(R"({"method": {"rank": 100000}})"), "method.rank: 100000 is larger"));
+    CHECK(contains(message_for_json(R"({"train": {"seq_len": 0}})"), "train.seq_len: got 0"));
+    CHECK(contains(message_for_json(R"({"train": {"seq_len": "long"}})"), "train.seq_len: got \"long\", expected a whole number"));
+    CHECK(contains(message_for_json(R"({"train": {"steps": 1.5}})"), "train.steps"));
+    CHECK(contains(message_for_json(R"({"method": {"name": "loqd"}})"), "one of loqt|loqt-nq|full"));
+    CHECK(contains(message_for_json(R"({"optimizer": {"lr": -1}})"), "optimizer.lr"));
+    CHECK(contains(message_for_json(R"({"train": {"batch": 10, "micro_batch": 3}})"), "does not divide"));
+    CHECK(contains(message_for_json(R"({"model": {"hidden": 100, "heads": 3}})"), "does not divide"));
+    CHECK(contains(message_for_json(R"({"train": )"), "not valid JSON"));
+    CHECK(contains(message_of([] { parse_bytes("24 apples"); }), "24 apples"));
+    CHECK(parse_bytes("24GiB") == int64_t(24) << 30);
+    CHECK(parse_bytes("1.5MB") == 1500000);
+    Config c;
+    CHECK(contains(message_of([&] { apply_override(c, {"lr", "fast"}); }), "optimizer.lr: got \"fast\""));
+}
+
+TEST_CASE("config: what is written reads back the same, and overrides win", "[config]") {
+    Config c;
+    apply_override(c, {"lr", "0.0125"});
+    apply_override(c, {"train.steps", "77"});
+    apply_override(c, {"micro_batch", "auto"});
+    apply_override(c, {"double_quant", "false"});
+    apply_override(c, {"method.name", "full"});
+    validate_config(c);
+    std::string path = (std::filesystem::temp_directory_path() / ("loqt_config_" + std::to_string(fresh_seed()) + ".json")).string();
+    std::ofstream(path) << config_to_json(c);
+    Config again;
+    read_config_file(again, path);
+    std::filesystem::remove(path);
+    CHECK(config_differences(c, again).empty());
+    CHECK(again.optimizer.lr == 0.0125);
+    CHECK(again.train.steps == 77);
+    CHECK(again.train.micro_batch == 0);
+    CHECK_FALSE(again.method.double_quant);
+    again.method.rank = 3;
+    CHECK(config_differences(c, again) == std::vector<std::string>{"method.rank: 128 -> 3"});
+    CHECK(fixed_for_resume("method.rank"));
+    CHECK_FALSE(fixed_for_resume("optimizer.lr"));
+}

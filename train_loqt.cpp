@@ -1,0 +1,190 @@
+// train_loqt: pretrain LLaMA models with LoQT on one GPU, or on a CPU. See README.md; --help lists every option.
+#include <CLI/CLI.hpp>
+#include <csignal>
+#include <cstdio>
+#include <filesystem>
+
+#include "flops.h"
+#include "plan.h"
+#include "runtime/hf.h"
+#include "sample.h"
+#include "trainer.h"
+#include "weight_source.h"
+
+namespace fs = std::filesystem;
+
+namespace {
+
+struct Arguments {
+    std::string config_file, export_dir, export_dtype = "bf16";
+    bool resume = false, plan = false, sample = false;
+    SampleOptions sampling;
+    std::vector<Override> overrides;
+    std::string program_dir;
+};
+
+// Every configuration key becomes an option under its full name, and under its last part where that is unambiguous.
+void add_config_options(CLI::App& app, std::vector<std::pair<std::string, std::string>>& values) {
+    Config defaults;
+    visit_config(defaults, [&](const std::string& path, auto&, const char*, const char*) { values.push_back({path, ""}); });
+    size_t i = 0;
+    visit_config(defaults, [&](const std::string& path, auto&, const std::string& help, const std::string& choices) {
+        std::string names = "--" + path, section = path.substr(0, path.find('.')), last = path.substr(path.find('.') + 1);
+        try {
+            if (resolve_key(last) == path) names += ",--" + last;
+        } catch (const UserError&) {  // ambiguous: the full name only
+        }
+        app.add_option(names, values[i++].second, help + (choices.empty() ? "" : " (" + choices + ")"))->group(section)->type_name("");
+    });
+}
+
+Arguments parse(int argc, char** argv) {
+    Arguments a;
+    std::error_code ignored;
+    fs::path binary = fs::read_symlink("/proc/self/exe", ignored);
+    a.program_dir = (ignored ? fs::absolute(argv[0]) : binary).parent_path().string();
+    CLI::App app{"Pretrains LLaMA models with LoQT: quantized weights, low-rank adapters, one small GPU."};
+    app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+    app.add_option("-c,--config", a.config_file, "configuration file, or the name of a preset in configs/");
+    app.add_flag("--resume", a.resume, "continue the run in --run.dir from its newest valid checkpoint");
+    app.add_flag("--plan", a.plan, "print the memory plan and exit; needs no GPU");
+    auto* sample = app.add_option("--sample", a.sampling.prompt, "generate text after this prompt from the run's newest checkpoint");
+    app.add_option("--sample-tokens", a.sampling.tokens, "tokens to generate");
+    app.add_option("--temperature", a.sampling.temperature, "sampling temperature; 0 = the likeliest token");
+    app.add_option("--top-k", a.sampling.top_k, "sample from the k likeliest tokens; 0 = all");
+    app.add_option("--sample-seed", a.sampling.seed, "seed of the sample");
+    app.add_option("--export", a.export_dir, "write the run's newest checkpoint as a plain Hugging Face LLaMA to this directory");
+    app.add_option("--export-dtype", a.export_dtype, "bf16 or f32")->check(CLI::IsMember({"bf16", "f32"}));
+    std::vector<std::pair<std::string, std::string>> values;
+    values.reserve(100);  // the options hold references
+    add_config_options(app, values);
+    app.allow_extras();
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::CallForHelp&) {
+        std::printf("%s", app.help().c_str());
+        std::exit(0);
+    } catch (const CLI::ParseError& error) {
+        throw UserError(error.what());
+    }
+    for (const std::string& extra : app.remaining()) {
+        if (extra.rfind("--", 0) == 0) resolve_key(extra.substr(2, extra.find('=') - 2));  // throws with the nearest key
+        throw UserError("unexpected argument \"" + extra + "\"; see --help");
+    }
+    a.sample = sample->count() > 0;
+    for (auto& [key, value] : values)
+        if (app.count("--" + key)) a.overrides.push_back({key, value});
+    return a;
+}
+
+// The run's own config.json on --resume, --sample and --export; else the given file. Command-line values go on top.
+Config configure(const Arguments& a, bool existing_run, std::vector<std::string>& changes) {
+    Config config;
+    if (!a.config_file.empty()) {
+        std::string file = find_config_file(a.config_file, a.program_dir + "/train_loqt");
+        read_config_file(config, file);
+        if (config.run.dir.empty()) config.run.dir = "runs/" + fs::path(file).stem().string();
+    }
+    Config given = config;
+    for (const Override& o : a.overrides) apply_override(given, o);
+    if (!existing_run) {
+        if (a.config_file.empty()) throw UserError("no --config given; try --config tiny, or --help");
+        if (!given.run.init_from.empty()) adopt_huggingface_shape(given, given.run.init_from);
+        validate_config(given);
+        return given;
+    }
+    if (given.run.dir.empty()) throw UserError("which run? give --run.dir, or the --config it was started with");
+    std::string file = (fs::path(given.run.dir) / "config.json").string();
+    if (!fs::exists(file)) throw UserError(given.run.dir + " holds no run (no config.json); start one without --resume");
+    Config stored;
+    read_config_file(stored, file);
+    Config resumed = stored;
+    for (const Override& o : a.overrides) apply_override(resumed, o);
+    resumed.run.dir = given.run.dir;
+    validate_config(resumed);
+    changes = config_differences(stored, resumed);
+    for (const std::string& change : changes)
+        if (fixed_for_resume(change.substr(0, change.find(':'))))
+            throw UserError("--resume cannot change " + change + "; the checkpoint was made with the first value");
+    return resumed;
+}
+
+int64_t memory_budget(const Config& config, const Device* device) {
+    if (!config.run.memory_budget.empty()) return parse_bytes(config.run.memory_budget);
+    if (!device) return 0;
+    // What is free now, with a margin for what libraries allocate later. The context is in use already, so the plan's line for it is free.
+    int64_t budget = int64_t(0.95 * double(device->free_bytes()));
+    return device->is_cuda() ? budget + (int64_t(664) << 20) : budget;
+}
+
+void export_model(const Arguments& a, Config& config, Device& device) {
+    auto model = load_trained_model(config, device);
+    auto manifest = load_manifest(fs::path(config.data.train).parent_path().string());
+    LlamaShape shape;
+    shape.hidden = config.model.hidden, shape.intermediate = config.model.intermediate, shape.layers = config.model.layers;
+    shape.heads = config.model.heads, shape.kv_heads = config.kv_heads(), shape.head_dim = config.model.head_dim(), shape.vocab = config.model.vocab;
+    shape.max_positions = config.train.seq_len, shape.rms_eps = config.model.rms_eps, shape.rope_base = config.model.rope_base;
+    if (manifest) shape.eos_id = manifest->eos_id, shape.pad_id = manifest->pad_id;
+    std::vector<HfTensor> tensors;
+    for (auto& t : model->exported_tensors()) tensors.push_back({t.name, t.shape, t.read});
+    export_huggingface(a.export_dir, shape, tensors, a.export_dtype == "f32" ? DType::f32 : DType::bf16, manifest ? manifest->tokenizer_path : "");
+    std::printf("wrote %s: %s parameters in %s\n", a.export_dir.c_str(), human_count(double(parameter_count(config))).c_str(), a.export_dtype.c_str());
+}
+
+void sample_text(const Arguments& a, Config& config, Device& device) {
+    auto manifest = load_manifest(fs::is_directory(config.data.train) ? config.data.train : fs::path(config.data.train).parent_path().string());
+    if (!manifest) throw UserError("--sample needs the tokenizer: no manifest.json beside the shards " + config.data.train);
+    auto model = load_trained_model(config, device);
+    std::printf("%s\n", generate(*model, Tokenizer(*manifest, a.program_dir), a.sampling).c_str());
+}
+
+void request_stop(int) { stop_requested = true; }
+
+void train(const Arguments& a, Config& config, Device& device, const std::vector<std::string>& changes) {
+    if (!a.resume && fs::exists(fs::path(config.run.dir) / "config.json"))
+        throw UserError(config.run.dir + " already holds a run; --resume continues it, --run.dir starts another elsewhere");
+    MemoryPlan plan = choose_plan(config, device.kind(), memory_budget(config, &device));
+    Trainer trainer(config, device, plan, a.resume, changes);
+    // From here on Ctrl-C means: finish the step, save, leave. A second one ends the program at once.
+    struct sigaction action {};
+    action.sa_handler = request_stop;
+    action.sa_flags = int(SA_RESETHAND);
+    sigaction(SIGINT, &action, nullptr);
+    sigaction(SIGTERM, &action, nullptr);
+    trainer.run();
+}
+
+int run(int argc, char** argv) {
+    Arguments a = parse(argc, argv);
+    std::vector<std::string> changes;
+    bool existing_run = a.resume || a.sample || !a.export_dir.empty();
+    Config config = configure(a, existing_run, changes);
+    if (a.plan) {
+        bool cuda = config.run.device != "cpu" && (config.run.device != "auto" || Device::cuda_usable() || !config.run.memory_budget.empty());
+        DeviceKind kind = cuda ? DeviceKind::cuda : DeviceKind::cpu;
+        int64_t budget = memory_budget(config, nullptr);
+        if (config.train.micro_batch == 0 && budget == 0) budget = int64_t(24) << 30;  // the card this program is made for
+        MemoryPlan plan = choose_plan(config, kind, budget);
+        std::printf("%s", describe_plan(config, plan, kind, budget).c_str());
+        return 0;
+    }
+    auto device = Device::open(config.run.device);
+    if (a.sample) sample_text(a, config, *device);
+    else if (!a.export_dir.empty()) export_model(a, config, *device);
+    else train(a, config, *device, changes);
+    return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    try {
+        return run(argc, argv);
+    } catch (const UserError& error) {
+        std::fprintf(stderr, "train_loqt: %s\n", error.what());
+        return 2;
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "train_loqt: internal error: %s\n", error.what());
+        return 1;
+    }
+}

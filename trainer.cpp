@@ -1,0 +1,282 @@
+#include "trainer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "flops.h"
+#include "merge_schedule.h"
+#include "runtime/checkpoint.h"
+#include "runtime/files.h"
+#include "weight_source.h"
+
+namespace fs = std::filesystem;
+using json = nlohmann::ordered_json;
+
+std::atomic<bool> stop_requested{false};
+
+namespace {
+
+std::string checkpoint_folder(const Config& config) { return (fs::path(config.run.dir) / "checkpoints").string(); }
+
+DataOptions data_options(const Config& config, const std::string& paths, const char* split, bool shuffle) {
+    DataOptions options;
+    options.paths = {paths};
+    options.split = split;
+    options.layout = data_layout(config.data.layout);
+    options.seq_len = config.train.seq_len;
+    options.vocab = config.model.vocab;
+    options.pad_id = config.data.pad_id;
+    options.shuffle = shuffle;
+    options.seed = uint64_t(config.train.seed);
+    return options;
+}
+
+std::vector<CheckpointTensor> saved_tensors_of(Llama& model) {
+    std::vector<CheckpointTensor> list;
+    for (const TensorEntry& e : model.table().entries())
+        if (e.saved) list.push_back({e.name, Tensor{e.holder->data, e.holder->dtype, e.rows, e.cols, e.holder->ld}, {e.rows, e.cols}});
+    return list;
+}
+
+// Counters of the parameters that tensors do not hold.
+std::string parameter_counters(Llama& model) {
+    json counters = json::object();
+    for (Parameter* p : model.parameters()) counters[p->name] = {p->updates, p->active};
+    return counters.dump();
+}
+
+void restore_counters(Llama& model, const std::string& text) {
+    json counters = json::parse(text);
+    for (Parameter* p : model.parameters()) {
+        p->updates = counters.at(p->name).at(0).get<int64_t>();
+        p->active = counters.at(p->name).at(1).get<bool>();
+    }
+    for (LinearGroup* group : model.groups())
+        for (Linear& l : group->linears()) l.projected = l.b.active && !l.b.name.empty();
+}
+
+// The newest checkpoint that verifies; says on stderr which were passed over.
+CheckpointFile newest_checkpoint(const Config& config) {
+    std::vector<std::string> skipped;
+    auto found = find_newest_valid(checkpoint_folder(config), &skipped);
+    for (const std::string& reason : skipped) std::fprintf(stderr, "skipped checkpoint %s\n", reason.c_str());
+    if (!found) throw UserError("no valid checkpoint in " + checkpoint_folder(config) + "; start again in another --run.dir");
+    return *found;
+}
+
+}  // namespace
+
+Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, bool resume, const std::vector<std::string>& changes)
+    : config_(config), device_(device), planned_bytes_(plan.total), started_(wall_seconds()) {
+    train_data_ = std::make_unique<TokenDataset>(data_options(config_, config_.data.train, "train", config_.data.shuffle));
+    if (!config_.data.val.empty()) val_data_ = std::make_unique<TokenDataset>(data_options(config_, config_.data.val, "val", false));
+
+    source_ = config_.run.init_from.empty() ? random_weights(config_) : huggingface_weights(config_, config_.run.init_from);
+    model_ = std::make_unique<Llama>(config_, device_, true, plan.cache_effective);
+    model_->allocate();
+    device_.reserve_scratch(plan.scratch);
+    sums_ = std::make_unique<StepSums>(device_, *model_, config_);
+    if (config_.low_rank()) merges_ = merge_schedule(config_.method.merge_gap, config_.method.merge_growth, config_.method.max_gap, config_.train.steps);
+
+    if (resume) restore();
+    else start_fresh();
+    metrics_ = std::make_unique<MetricsFile>((fs::path(config_.run.dir) / "metrics.jsonl").string());
+    progress_ = std::make_unique<ProgressLine>();
+    std::string changed;
+    for (const std::string& change : changes) changed += (changed.empty() ? "" : ", ") + change;
+    metrics_->write(resume ? "resume" : "start",
+                    {{"step", step_}, {"device", device_.name()}, {"method", config_.method.name}, {"parameters", parameter_count(config_)},
+                     {"micro_batch", config_.train.micro_batch}, {"effective_weights", config_.train.effective_weights},
+                     {"train_tokens", int64_t(train_data_->tokens())}, {"planned_bytes", planned_bytes_}, {"changed", changed}});
+    progress_->note(format("%s: %s, %s parameters, %s on %s", config_.run.dir.c_str(), resume ? format("resumed at step %lld", (long long)step_).c_str() : "new run",
+                           human_count(double(parameter_count(config_))).c_str(), config_.method.name.c_str(), device_.name().c_str()));
+    progress_->note(format("data: %s training tokens (%.2f epochs in this run), %s validation tokens; %lld micro-batches of %lld × %lld tokens a step",
+                           human_count(double(train_data_->tokens())).c_str(),
+                           double(config_.train.steps * config_.train.batch) / double(train_data_->samples()),
+                           human_count(val_data_ ? double(val_data_->tokens()) : 0.0).c_str(), (long long)config_.micro_batches(),
+                           (long long)config_.train.micro_batch, (long long)config_.train.seq_len));
+    stream_ = std::make_unique<BatchStream>(*train_data_, uint64_t(step_) * uint64_t(config_.train.batch), config_.train.micro_batch);
+}
+
+void Trainer::start_fresh() {
+    fs::path dir = config_.run.dir;
+    make_directories((dir / "checkpoints").string());
+    write_file((dir / "config.json").string(), config_to_json(config_));
+    model_->initialize(source_);
+}
+
+void Trainer::restore() {
+    if (list_checkpoints(checkpoint_folder(config_)).empty()) {
+        // Killed before its first checkpoint: the same seed makes the same run again.
+        model_->initialize(source_);
+        return;
+    }
+    CheckpointFile file = newest_checkpoint(config_);
+    Metadata metadata = load_checkpoint(device_, file.path, saved_tensors_of(*model_));
+    restore_counters(*model_, metadata.at("parameters"));
+    step_ = std::stoll(metadata.at("step"));
+    skipped_ = std::stoll(metadata.at("skipped"));
+    saved_step_ = step_;
+    trusted_checkpoints_.insert(file.path);
+    model_->invalidate();
+}
+
+void Trainer::save() {
+    if (saved_step_ == step_) return;
+    double begin = wall_seconds();
+    std::string path = checkpoint_path(checkpoint_folder(config_), step_);
+    Metadata metadata{{"step", std::to_string(step_)},
+                      {"next_sample", std::to_string(step_ * config_.train.batch)},
+                      {"skipped", std::to_string(skipped_)},
+                      {"seed", std::to_string(config_.train.seed)},
+                      {"parameters", parameter_counters(*model_)},
+                      {"config", config_to_json(config_)}};
+    save_checkpoint(device_, path, saved_tensors_of(*model_), metadata);
+    trusted_checkpoints_.insert(path);
+    saved_step_ = step_;
+    prune_checkpoints(checkpoint_folder(config_), config_.checkpoint.keep_last, config_.checkpoint.keep_every, &trusted_checkpoints_);
+    metrics_->write("checkpoint", {{"step", step_}, {"path", path}, {"seconds", wall_seconds() - begin}});
+}
+
+void Trainer::evaluate() {
+    if (!val_data_ || evaluated_step_ == step_) return;
+    double begin = wall_seconds();
+    uint64_t samples = val_data_->samples();
+    if (config_.eval.sequences > 0) samples = std::min(samples, uint64_t(config_.eval.sequences));
+    BatchStream stream(*val_data_, 0, config_.train.micro_batch, 0, samples);
+    double loss = 0, batch_means = 0;
+    int64_t tokens = 0, batches = 0;
+    for (Batch batch = stream.next(); batch.rows > 0; batch = stream.next()) {
+        model_->evaluate(batch, sums_->losses(), 0);
+        double sum = sums_->read_losses(1);
+        loss += sum, tokens += batch.valid_targets, ++batches;
+        batch_means += sum / double(std::max<int64_t>(batch.valid_targets, 1));
+    }
+    loss /= double(std::max<int64_t>(tokens, 1));
+    last_val_loss_ = loss;
+    evaluated_step_ = step_;
+    std::vector<Field> fields{{"step", step_}, {"loss", loss}, {"perplexity", std::exp(loss)}, {"tokens", tokens}};
+    std::string note = format("step %lld: validation loss %.4f, perplexity %.3f over %s tokens", (long long)step_, loss, std::exp(loss), human_count(double(tokens)).c_str());
+    if (config_.eval.official_perplexity) {
+        // The official code divides the sum of batch means by n + 1: too low by n/(n+1) in loss.
+        double official = std::exp(batch_means / double(batches + 1));
+        fields.push_back({"perplexity_official_biased", official});
+        note += format(" (official code's biased figure over %lld batches: %.3f)", (long long)batches, official);
+    }
+    fields.push_back({"seconds", wall_seconds() - begin});
+    metrics_->write("eval", fields);
+    progress_->note(note);
+}
+
+void Trainer::merge(const ProjectionPass& pass) {
+    double begin = wall_seconds();
+    // The first merge starts from the true weights, not from their NF4 round trip.
+    MergeStatistics s = model_->merge(pass.step, pass.step == 0 ? &source_ : nullptr);
+    device_.synchronize();
+    double done = std::max(1, s.matrices - s.failed);
+    metrics_->write("merge", {{"step", pass.step}, {"seconds", wall_seconds() - begin}, {"quant_error", s.quant_error / done},
+                              {"quant_error_uncompensated", s.plain_quant_error / done}, {"captured_energy", s.captured_energy / done},
+                              {"matrices", int64_t(s.matrices)}, {"failed", int64_t(s.failed)}});
+    if (s.failed) progress_->note(format("step %lld: %d of %d matrices kept their projection (gradient zero or not finite)", (long long)pass.step, s.failed, s.matrices));
+}
+
+void Trainer::train_step() {
+    double begin = wall_seconds();
+    int64_t micro_batches = config_.micro_batches();
+    std::vector<Batch> batches;
+    int64_t targets = 0;
+    for (int64_t i = 0; i < micro_batches; ++i) {
+        batches.push_back(stream_->next());
+        targets += batches.back().valid_targets;
+    }
+    ProjectionPass pass;
+    pass.step = step_;
+    pass.active = std::binary_search(merges_.begin(), merges_.end(), step_);
+    pass.whole_batch = config_.method.projection_gradient == "full" && micro_batches > 1;
+
+    model_->zero_gradients();
+    float loss_scale = targets ? float(1.0 / double(targets)) : 0.0f;
+    for (int64_t i = 0; i < micro_batches; ++i) {
+        pass.first = i == 0, pass.last = i + 1 == micro_batches;
+        model_->train(batches[i], loss_scale, sums_->losses(), i, pass);
+    }
+    double loss_sum = 0, gradient_norm = 0;
+    sums_->read(*model_, micro_batches, &loss_sum, &gradient_norm);
+    double loss = targets ? loss_sum / double(targets) : 0.0;
+    double lr = learning_rate(config_, step_);
+
+    if (!std::isfinite(loss) || !std::isfinite(gradient_norm)) {
+        // Nothing was changed yet: weights and moments are those of the step before.
+        metrics_->write("nonfinite", {{"step", step_}, {"loss", loss}, {"grad_norm", gradient_norm}, {"policy", config_.optimizer.nonfinite}});
+        if (config_.optimizer.nonfinite == "stop") {
+            save();
+            throw UserError(format("step %lld: loss %g, gradient norm %g: not finite; weights of the step before are saved; lower optimizer.lr, set optimizer.clip, or use --nonfinite skip",
+                                   (long long)step_, loss, gradient_norm));
+        }
+        ++skipped_;
+    } else {
+        double scale = config_.optimizer.clip > 0 && gradient_norm > config_.optimizer.clip ? config_.optimizer.clip / gradient_norm : 1.0;
+        update_parameters(device_, *model_, config_, step_, lr, scale);
+        if (pass.active) merge(pass);
+    }
+    device_.synchronize();
+    ++step_;
+    ++steps_here_;
+    report_step(loss, gradient_norm, lr, wall_seconds() - begin);
+}
+
+void Trainer::report_step(double loss, double gradient_norm, double lr, double seconds) {
+    double tokens = double(config_.train.batch * config_.train.seq_len), rate = tokens / seconds;
+    rate_ = rate_ == 0 ? rate : 0.95 * rate_ + 0.05 * rate;
+    training_seconds_ += seconds;
+    double peak = device_.is_cuda() ? peak_flops(device_.name()) : 0, mfu = peak > 0 ? training_flops_per_token(config_) * rate / peak : NAN;
+    int64_t memory = device_.process_peak_bytes();
+    bool last = step_ == config_.train.steps;
+    if (due(config_.run.log_every) || last)
+        metrics_->write("train", {{"step", step_}, {"loss", loss}, {"lr", lr}, {"grad_norm", gradient_norm}, {"tokens", step_ * int64_t(tokens)},
+                                  {"tokens_per_s", rate}, {"mfu", mfu}, {"step_ms", seconds * 1e3}, {"memory_bytes", memory}, {"skipped", skipped_}});
+    double remaining = double(config_.train.steps - step_) * training_seconds_ / double(steps_here_);
+    std::string line = format("step %lld/%lld  loss %.4f  lr %.2e  |g| %.3f  %s tok/s", (long long)step_, (long long)config_.train.steps, loss, lr, gradient_norm, human_count(rate_).c_str());
+    if (peak > 0) line += format("  MFU %.1f %%", 100 * training_flops_per_token(config_) * rate_ / peak);
+    line += format("  ETA %s  %.2f GiB", human_duration(remaining).c_str(), double(memory) / double(int64_t(1) << 30));
+    if (skipped_) line += format("  %lld skipped", (long long)skipped_);
+    progress_->show(line, last || steps_here_ == 1);
+}
+
+void Trainer::run() {
+    if (step_ == 0) evaluate();
+    while (step_ < config_.train.steps && !stop_requested) {
+        train_step();
+        if (due(config_.eval.every)) evaluate();
+        if (due(config_.checkpoint.every)) save();
+    }
+    bool finished = step_ >= config_.train.steps;
+    if (finished) evaluate();
+    save();
+    metrics_->write("end", {{"step", step_}, {"finished", finished}, {"seconds", wall_seconds() - started_}, {"training_seconds", training_seconds_},
+                            {"planned_bytes", planned_bytes_}, {"peak_bytes", device_.process_peak_bytes()}, {"skipped", skipped_}});
+    progress_->note(finished ? format("done: %lld steps in %s, final checkpoint %s", (long long)step_, human_duration(wall_seconds() - started_).c_str(),
+                                      checkpoint_path(checkpoint_folder(config_), step_).c_str())
+                             : format("stopped after step %lld; state saved, --resume continues exactly here", (long long)step_));
+}
+
+std::unique_ptr<Llama> load_trained_model(Config& config, Device& device) {
+    config.train.micro_batch = 1;
+    CheckpointFile file = newest_checkpoint(config);
+    auto model = std::make_unique<Llama>(config, device, false, false);
+    model->allocate();
+    Metadata metadata = load_checkpoint(device, file.path, saved_tensors_of(*model), LoadMode::weights);
+    restore_counters(*model, metadata.at("parameters"));
+    // A dry forward pass and a dry export tell the scratch they need.
+    auto dry_device = Device::open_dry(device.kind());
+    Llama dry(config, *dry_device, false, false);
+    dry.allocate();
+    dry.next_token_logits(std::vector<int32_t>(config.train.seq_len));
+    std::vector<float> unused;
+    for (auto& tensor : dry.exported_tensors()) tensor.read(unused);
+    device.reserve_scratch(dry_device->scratch_high_water());
+    std::fprintf(stderr, "checkpoint %s\n", file.path.c_str());
+    return model;
+}

@@ -1,0 +1,55 @@
+// The training loop: Algorithm 1 of LoQT around data, evaluation, checkpoints and metrics.
+#pragma once
+#include <atomic>
+#include <memory>
+#include <set>
+
+#include "llama.h"
+#include "optimizer_step.h"
+#include "plan.h"
+#include "runtime/data.h"
+#include "runtime/metrics.h"
+
+// Set by SIGINT and SIGTERM: the loop finishes its step, saves and returns.
+extern std::atomic<bool> stop_requested;
+
+class Trainer {
+  public:
+    // Builds the model within `plan`, opens the data, and starts from scratch or (resume) from the newest valid checkpoint of the run directory.
+    Trainer(const Config& config, Device& device, const MemoryPlan& plan, bool resume, const std::vector<std::string>& changes);
+    // Trains to the last step (or until stopped), evaluates, saves. Throws UserError on a non-finite loss under policy stop.
+    void run();
+
+  private:
+    void start_fresh();
+    void restore();
+    void train_step();
+    void merge(const ProjectionPass& pass);
+    void evaluate();
+    void save();
+    void report_step(double loss, double gradient_norm, double lr, double seconds);
+    bool due(int64_t every) const { return every > 0 && step_ % every == 0; }
+    std::vector<struct CheckpointTensor> saved_tensors();
+
+    Config config_;
+    Device& device_;
+    int64_t planned_bytes_;
+    std::unique_ptr<TokenDataset> train_data_, val_data_;
+    std::unique_ptr<Llama> model_;
+    std::unique_ptr<StepSums> sums_;
+    std::unique_ptr<BatchStream> stream_;
+    std::unique_ptr<MetricsFile> metrics_;
+    std::unique_ptr<ProgressLine> progress_;
+    WeightSource source_;
+    std::vector<int64_t> merges_;
+    int64_t step_ = 0;             // steps done
+    int64_t skipped_ = 0;          // non-finite steps left out
+    int64_t saved_step_ = -1, evaluated_step_ = -1;
+    std::set<std::string> trusted_checkpoints_;
+    double started_ = 0, training_seconds_ = 0, rate_ = 0;
+    int64_t steps_here_ = 0;
+    double last_val_loss_ = 0;
+};
+
+// For --sample and --export: the weights of the newest valid checkpoint of a run. config.train.micro_batch is set to 1.
+std::unique_ptr<Llama> load_trained_model(Config& config, Device& device);
