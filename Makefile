@@ -22,14 +22,16 @@ GPU_ARCHS ?= $(if $(DETECTED),$(DETECTED),80 86 89 90)
 NEWEST   := $(lastword $(GPU_ARCHS))
 GENCODE  := $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_$(NEWEST),code=compute_$(NEWEST)
 
+comma := ,
 OPENBLAS_CFLAGS := $(if $(OPENBLAS_DIR),-I$(OPENBLAS_DIR)/include,$(shell pkg-config --cflags openblas 2>/dev/null))
 OPENBLAS_LIBS   := $(if $(OPENBLAS_DIR),-L$(OPENBLAS_DIR)/lib -Wl$(comma)-rpath$(comma)$(OPENBLAS_DIR)/lib) -lopenblas
-comma := ,
 
 COMMON   := -std=c++17 -O3 -I. $(OPENBLAS_CFLAGS) -MMD -MP
 CXXFLAGS ?=
 WARN     := -Wall -Wextra
 HOST     := -march=$(MARCH) -fopenmp -ffp-contract=off
+# Catch2 v3 is a library, v2 headers only.
+CATCH_LIBS := $(if $(wildcard /usr/include/catch2/catch_all.hpp /usr/local/include/catch2/catch_all.hpp)$(shell pkg-config --atleast-version=3 catch2 2>/dev/null && echo 3),-lCatch2)
 LIBS     := $(OPENBLAS_LIBS) -lpthread -lstdc++fs
 ifneq ($(NVCC),)
 CUDA_HOME := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
@@ -60,7 +62,7 @@ $(BUILD)/train_loqt: $(BUILD)/train_loqt.o $(CORE_OBJ)
 	$(CXX) $(HOST) -o $@ $^ $(CUDA_LIBS) $(LIBS)
 
 $(BUILD)/tests: $(TEST_OBJ) $(CORE_OBJ)
-	$(CXX) $(HOST) -o $@ $^ $(CUDA_LIBS) $(LIBS)
+	$(CXX) $(HOST) -o $@ $^ $(CATCH_LIBS) $(CUDA_LIBS) $(LIBS)
 
 $(BUILD)/test/%.o: test/%.cpp | check-libraries
 	@mkdir -p $(@D)

@@ -197,7 +197,7 @@ template <MomentFormat F, class P, class G> void adam_cpu(Tensor p, Tensor g, co
     const bool round_p = std::is_same_v<P, bf16> && c.rounding == ParamRounding::nearest;
     const int64_t numel = p.numel(), blocks = ceil_div(numel, kAdamBlock);
     int64_t bad = 0;
-#pragma omp parallel for reduction(+ : bad)
+#pragma omp parallel for reduction(+ : bad) if (blocks > 16)  // waking threads costs more than a few blocks
     for (int64_t b = 0; b < blocks; ++b) {
         const Block block{b * kAdamBlock, int(std::min(kAdamBlock, numel - b * kAdamBlock))};
         float pf[kAdamBlock], m[kAdamBlock], v[kAdamBlock];

@@ -683,7 +683,7 @@ def main(argv):
         print("tokenize.py: error: a worker process died (out of memory?): the same command continues; try fewer --workers", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ntokenize.py: interrupted; the same command continues from the last finished shard", file=sys.stderr)
+        print("tokenize.py: interrupted; the same command continues from the last finished shard", file=sys.stderr)
         return 130
 
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <map>
+#include <memory>
 #include <string>
 
 #include "runtime/cuda_context.h"
@@ -63,7 +64,7 @@ void matmul_cpu(const Product& p) {
 #ifdef WITH_CUDA
 
 // Everything that cuBLASLt must know of a product beforehand, and the algorithm that its heuristic chose. The opaque structs own
-// nothing, so a plan is a plain value.
+// nothing; a plan stays where it was made, since only the algorithm is documented to survive copying.
 struct CublasLtPlan {
     cublasLtMatmulDescOpaque_t operation;
     cublasLtMatrixLayoutOpaque_t a, b, c, d;
@@ -71,7 +72,7 @@ struct CublasLtPlan {
 };
 using CublasLtPlanKey = std::array<int64_t, 17>;
 struct CublasLtPlans {
-    std::map<CublasLtPlanKey, CublasLtPlan> by_key;
+    std::map<CublasLtPlanKey, std::unique_ptr<CublasLtPlan>> by_key;
 };
 
 namespace {
@@ -87,8 +88,9 @@ int64_t alignment(const void* pointer) {
 
 // cuBLASLt is column-major: the row-major D = op(A)·op(B) is the column-major Dᵀ = op(B)ᵀ·op(A)ᵀ, and a row-major matrix read as a
 // column-major one is already transposed. So the operands change places and keep their op, and rows and columns swap.
-CublasLtPlan make_plan(const CudaContext& cuda, const Product& p) {
-    CublasLtPlan plan{};
+std::unique_ptr<CublasLtPlan> make_plan(const CudaContext& cuda, const Product& p) {
+    auto made = std::make_unique<CublasLtPlan>();
+    CublasLtPlan& plan = *made;
     CUBLAS_CHECK(cublasLtMatmulDescInit(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));  // fp32 inputs: true fp32, no TF32
     cublasOperation_t first = p.op_b == Op::transpose ? CUBLAS_OP_T : CUBLAS_OP_N, second = p.op_a == Op::transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(&plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first));
@@ -124,7 +126,7 @@ CublasLtPlan make_plan(const CudaContext& cuda, const Product& p) {
                                                           sizeof reduction, &written));
         if (candidates[i].state != CUBLAS_STATUS_SUCCESS || reduction == CUBLASLT_REDUCTION_SCHEME_INPLACE) continue;
         plan.algorithm = candidates[i].algo;
-        return plan;
+        return made;
     }
     throw InternalError("cuBLASLt has no algorithm for " + p.describe() + ": " + cublasGetStatusString(status));
 }
@@ -150,7 +152,7 @@ void matmul_cuda(CudaContext& cuda, const Product& p) {
                         alignment(p.a.data), alignment(p.b.data), alignment(p.c.data), alignment(p.d.data), p.beta == 0, p.c.data == p.d.data};
     auto it = cuda.plans->by_key.find(key);
     if (it == cuda.plans->by_key.end()) it = cuda.plans->by_key.emplace(key, make_plan(cuda, p)).first;
-    CublasLtPlan& plan = it->second;
+    CublasLtPlan& plan = *it->second;
     cublasStatus_t status = cublasLtMatmul(cuda.blaslt, &plan.operation, &p.alpha, p.b.data, &plan.a, p.a.data, &plan.b, &p.beta, p.c.data,
                                            &plan.c, p.d.data, &plan.d, &plan.algorithm, cuda.workspace, cuda.workspace_bytes, cuda.stream);
     if (status != CUBLAS_STATUS_SUCCESS) throw InternalError("cublasLtMatmul failed for " + p.describe() + ": " + cublasGetStatusString(status));

@@ -63,8 +63,8 @@ AtomicFile::AtomicFile(const std::string& path, int64_t bytes) : path_(path) {
     if (statvfs(directory_of(path).c_str(), &disk) < 0) throw_file_error("write", path, errno);
     double available = double(disk.f_bavail) * double(disk.f_frsize);
     if (double(bytes) > available)
-        throw UserError(format("cannot write %s: it needs %.3f GiB and the disk has %.3f GiB free; %s", path.c_str(), double(bytes) / 1073741824.0,
-                               available / 1073741824.0, remedy(ENOSPC)));
+        throw UserError(format("cannot write %s: it needs %.2f MiB and the disk has %.2f MiB free; %s", path.c_str(), double(bytes) / 1048576.0,
+                               available / 1048576.0, remedy(ENOSPC)));
     for (int n = 0; fd_ < 0; ++n) {
         temporary_ = format("%s%s%d-%d", path.c_str(), kTemporaryMark, int(getpid()), n);
         fd_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);

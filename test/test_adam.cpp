@@ -171,7 +171,9 @@ void compare_with_bitsandbytes(Device& device) {
             std::vector<uint8_t> a = (second ? s.v : s.m).raw<uint8_t>(), b = after(second ? "v" : "m").as<uint8_t>();
             int64_t different = 0, far = 0;
             for (int64_t i = 0; i < n; ++i) {
-                if (!second && a[i] == 126 && b[i] == 127) continue;  // the sign guard, which only bitsandbytes' CUDA code has
+                // bitsandbytes' CPU code looks codes up in a table too coarse for the smallest values (|z| < 1.5e-5 may land on
+                // 2.1e-5) and has no sign guard; its CUDA code has neither fault.
+                if (std::fabs((second ? kUnsignedMap : kSignedMap).value[a[i]]) < 1e-4f) continue;
                 different += a[i] != b[i];
                 far += std::abs(a[i] - b[i]) > 1;
             }
@@ -356,7 +358,7 @@ void check_second_moment_decay(Device& device) {
         if (format == MomentFormat::bf16_stochastic) CHECK(v == Approx(expected).margin(4 * 0.03 / std::sqrt(double(n))));
         if (format == MomentFormat::fp32) CHECK(v == Approx(expected).epsilon(2e-5));
     }
-    // Stationary with E[g²] = 1: 3.3 instead of 1 (rounding after each operation), 1 with stochastic rounding.
+    // With E[g²] = 1 it should stay near 1. To nearest it can only grow (2.1 after 4000 steps, and on); stochastic it stays.
     uint64_t seed = fresh_seed();
     INFO("seed " << seed);
     std::mt19937_64 rng(seed);
@@ -364,15 +366,22 @@ void check_second_moment_decay(Device& device) {
     StateOnDevice nearest(device, MomentFormat::bf16_nearest, few), stochastic(device, MomentFormat::bf16_stochastic, few);
     OnDevice q(device, DType::f32, 1, few, std::vector<float>(few, 0.0f)), noise(device, DType::f32, 1, few);
     for (OnDevice* state : {&nearest.v, &stochastic.v}) state->write(std::vector<float>(few, 1.0f));
-    double sum_nearest = 0, sum_stochastic = 0;
-    for (int t = 1; t <= 8000; ++t) {
+    double sum_stochastic = 0;
+    std::vector<float> previous(few, 0.0f);
+    int64_t decreased = 0;
+    for (int t = 1; t <= 4000; ++t) {
         noise.write(random_normal(rng, few));
         adam_update(device, q, noise, nearest.state, step_of(t), nullptr);
         adam_update(device, q, noise, stochastic.state, step_of(t), nullptr);
-        if (t > 6000 && t % 100 == 0) sum_nearest += mean(nearest.moment(true)) / 20, sum_stochastic += mean(stochastic.moment(true)) / 20;
+        if (t % 100) continue;
+        std::vector<float> v = nearest.moment(true);
+        for (int64_t i = 0; i < few; ++i) decreased += v[i] < previous[i];
+        previous = v;
+        if (t > 2000) sum_stochastic += mean(stochastic.moment(true)) / 20;
     }
-    CHECK(sum_nearest == Approx(3.3).margin(0.2));
-    CHECK(sum_stochastic == Approx(0.999).margin(0.02));
+    CHECK(decreased == 0);
+    CHECK(mean(previous) > 1.8);
+    CHECK(sum_stochastic == Approx(0.999).margin(0.025));
 }
 
 // bf16 parameters with stochastic rounding: each result is a neighbour of the exact one, and the mean is unbiased.

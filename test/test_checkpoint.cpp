@@ -159,6 +159,28 @@ TEST_CASE("checkpoint: one of another run is refused before anything is touched"
     load_checkpoint(*device, path, model.list);
 }
 
+TEST_CASE("checkpoint: weights alone load into the other float type", "[checkpoint]") {
+    auto device = Device::open("cpu");
+    uint64_t seed = fresh_seed();
+    INFO("seed " << seed);
+    std::mt19937_64 rng(seed);
+    TempDir dir;
+    std::string path = dir / "c.safetensors";
+    std::vector<float> values = random_normal(rng, 35), others = random_normal(rng, 6);
+    OnDevice wide(*device, DType::f32, 5, 7, values, 9), narrow(*device, DType::bf16, 2, 3, others), codes(*device, DType::u8, 1, 4);
+    save_checkpoint(*device, path, {{"wide", wide, {5, 7}}, {"narrow", narrow, {2, 3}}, {"codes", codes, {4}}}, {{"step", "1"}});
+
+    OnDevice wide_bf16(*device, DType::bf16, 5, 7, 8), narrow_f32(*device, DType::f32, 2, 3, 5), codes_f32(*device, DType::f32, 1, 4);
+    std::vector<CheckpointTensor> list = {{"narrow", narrow_f32, {2, 3}}, {"wide", wide_bf16, {5, 7}}};
+    CHECK(load_checkpoint(*device, path, list, LoadMode::weights).at("step") == "1");
+    CHECK(wide_bf16.read() == round_to_bf16(values));
+    CHECK(narrow_f32.read() == round_to_bf16(others));
+    CHECK(narrow_f32.raw<float>()[3] == 0.0f);  // padding
+    user_error([&] { load_checkpoint(*device, path, list); });
+    user_error([&] { load_checkpoint(*device, path, {{"codes", codes_f32, {4}}}, LoadMode::weights); });
+    user_error([&] { load_checkpoint(*device, path, {{"none", narrow_f32, {2, 3}}}, LoadMode::weights); });
+}
+
 TEST_CASE("checkpoint: a full disk leaves the previous checkpoint and no temporary", "[checkpoint]") {
     auto device = Device::open("cpu");
     uint64_t seed = fresh_seed();

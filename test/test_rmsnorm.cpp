@@ -15,6 +15,7 @@ double loss(const std::vector<double>& x, const std::vector<double>& w, const st
 
 struct Result {
     std::vector<double> y, rstd, dx, dw;
+    double term_norm = 0;  // ‖ρ·g‖: dx is a difference of terms of this size, which cancel in very short rows
 };
 
 // fp64, gradients by the chain rule: ∂ρ/∂x_i = −ρ³x_i/h.
@@ -32,8 +33,10 @@ Result reference(int64_t rows, int64_t h, const std::vector<float>& x, const std
             out.y.push_back(w[c] * v * rho);
             out.dx.push_back(d * w[c] * rho - v * rho * rho * rho / h * inner);
             out.dw[c] += d * v * rho;
+            out.term_norm += std::pow(d * w[c] * rho, 2);
         }
     }
+    out.term_norm = std::sqrt(out.term_norm);
     return out;
 }
 
@@ -57,7 +60,7 @@ void check_rmsnorm(Device& device) {
         OnDevice x_(device, type, s.rows, s.h, x, ld), dy_(device, type, s.rows, s.h, dy, ld), w_(device, DType::f32, 1, s.h, w);
         OnDevice y(device, type, s.rows, s.h, ld), rstd(device, DType::f32, 1, s.rows);
         rmsnorm_forward(device, y, rstd, x_, w_, eps);
-        CHECK(relative_error(y.read(), expected.y) < (device.is_cuda() ? 3e-3 : 1e-6));
+        CHECK(relative_error(y.read(), expected.y) < (device.is_cuda() ? bf16_limit(3e-3, n) : 1e-6));
         CHECK(relative_error(rstd.read(), expected.rstd) < 1e-6);
         CHECK(padding_untouched(y));
 
@@ -65,8 +68,15 @@ void check_rmsnorm(Device& device) {
         for (int64_t c = 0; c < s.h; ++c) expected.dw[c] += dw0[c];
         OnDevice dx(device, type, s.rows, s.h, dx0, ld), dw(device, DType::f32, 1, s.h, dw0);
         rmsnorm_backward(device, dx, dw, dy_, x_, w_, rstd);
-        CHECK(relative_error(dx.read(), expected.dx) < (device.is_cuda() ? 3e-3 : 2e-6));
-        CHECK(relative_error(dw.read(), expected.dw) < 1e-5);
+        double dx_norm = 0;
+        for (double v : expected.dx) dx_norm += v * v;
+        dx_norm = std::sqrt(dx_norm);
+        const double rounding = device.is_cuda() ? bf16_limit(3e-3, n) : 1e-6;
+        CHECK(relative_error(dx.read(), expected.dx) * dx_norm < rounding * dx_norm + 1e-6 * expected.term_norm);
+        double dw_norm = 0;
+        for (double v : expected.dw) dw_norm += v * v;
+        dw_norm = std::sqrt(dw_norm);
+        CHECK(relative_error(dw.read(), expected.dw) * dw_norm < 1e-5 * dw_norm + 1e-6);
         CHECK(padding_untouched(dx));
         OnDevice dx2(device, type, s.rows, s.h, dx0, ld), dw2(device, DType::f32, 1, s.h, dw0);
         rmsnorm_backward(device, dx2, dw2, dy_, x_, w_, rstd);
