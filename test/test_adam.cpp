@@ -167,17 +167,27 @@ void compare_with_bitsandbytes(Device& device) {
         CHECK(wrong == 0);
         CHECK(relative_error(s.m_absmax.read(), after("m_absmax").floats()) < 1e-6);
         CHECK(relative_error(s.v_absmax.read(), after("v_absmax").floats()) < 1e-6);
+        // bitsandbytes' CPU code finds codes with a table of about 2^16 steps, so it is off by one near midpoints and worse for the
+        // smallest values (|z| < 1.5e-5 may land on 2.1e-5). So: ours never further from the exact moment than theirs, rarely
+        // another code, and next to theirs where the table resolves the codes. (Its CPU code lacks the sign guard, too.)
+        std::vector<float> g = after("g").floats();
         for (bool second : {false, true}) {
-            std::vector<uint8_t> a = (second ? s.v : s.m).raw<uint8_t>(), b = after(second ? "v" : "m").as<uint8_t>();
-            int64_t different = 0, far = 0;
+            const float* value = (second ? kUnsignedMap : kSignedMap).value;
+            std::vector<uint8_t> codes0 = before(second ? "v" : "m").as<uint8_t>(), theirs8 = after(second ? "v" : "m").as<uint8_t>();
+            std::vector<float> absmax0 = before(second ? "v_absmax" : "m_absmax").floats(), absmax = after(second ? "v_absmax" : "m_absmax").floats();
+            std::vector<uint8_t> ours8 = (second ? s.v : s.m).raw<uint8_t>();
+            int64_t worse = 0, different = 0, far = 0;
             for (int64_t i = 0; i < n; ++i) {
-                // bitsandbytes' CPU code looks codes up in a table too coarse for the smallest values (|z| < 1.5e-5 may land on
-                // 2.1e-5) and has no sign guard; its CUDA code has neither fault.
-                if (std::fabs((second ? kUnsignedMap : kSignedMap).value[a[i]]) < 1e-4f) continue;
-                different += a[i] != b[i];
-                far += std::abs(a[i] - b[i]) > 1;
+                double scale = absmax[i / 256], old = double(value[codes0[i]]) * absmax0[i / 256];
+                double exact = second ? 0.999 * old + 0.001 * double(g[i]) * g[i] : 0.9 * old + 0.1 * g[i];
+                bool guarded = !second && ours8[i] == 126 && exact < 0;
+                worse += !guarded && std::fabs(value[ours8[i]] * scale - exact) > std::fabs(value[theirs8[i]] * scale - exact) + 2e-6 * scale;
+                if (std::fabs(value[ours8[i]]) < 1e-4f) continue;
+                different += ours8[i] != theirs8[i];
+                far += std::abs(ours8[i] - theirs8[i]) > 1;
             }
-            CHECK(different <= n / 500);
+            CHECK(worse == 0);
+            CHECK(different <= n / 40);
             CHECK(far == 0);
         }
     }
