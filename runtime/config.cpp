@@ -48,7 +48,7 @@ std::vector<std::string> all_keys() {
 
 std::string last_part(const std::string& key) { return key.substr(key.rfind('.') + 1); }
 
-std::string nearest_key(const std::string& name) {
+std::string nearest_key(const std::string& name, const std::vector<std::string>& others = {}) {
     std::string best;
     size_t best_distance = size_t(-1);
     for (const std::string& key : all_keys())
@@ -56,6 +56,10 @@ std::string nearest_key(const std::string& name) {
             size_t distance = edit_distance(name, form);
             if (distance < best_distance) best_distance = distance, best = key;
         }
+    for (const std::string& other : others) {
+        size_t distance = edit_distance(name, other);
+        if (distance < best_distance) best_distance = distance, best = other;
+    }
     return best;
 }
 
@@ -182,14 +186,14 @@ void read_config_file(Config& config, const std::string& path) {
     }
 }
 
-std::string resolve_key(const std::string& name) {
+std::string resolve_key(const std::string& name, const std::vector<std::string>& other_options) {
     std::vector<std::string> candidates;
     for (const std::string& key : all_keys()) {
         if (key == name) return key;
         if (last_part(key) == name) candidates.push_back(key);
     }
     if (candidates.size() == 1) return candidates[0];
-    if (candidates.empty()) throw UserError("unknown option --" + name + "; did you mean --" + nearest_key(name) + "?");
+    if (candidates.empty()) throw UserError("unknown option --" + name + "; did you mean --" + nearest_key(name, other_options) + "?");
     std::string list;
     for (auto& c : candidates) list += " --" + c;
     throw UserError("--" + name + " is ambiguous:" + list);

@@ -154,8 +154,9 @@ std::string find_config_file(const std::string& name, const std::string& binary_
 // the value and the nearest known key.
 void read_config_file(Config& config, const std::string& path);
 
-// Full key for a command-line name ("lr" → "optimizer.lr"); throws UserError with the nearest key if unknown, or the candidates if ambiguous.
-std::string resolve_key(const std::string& name);
+// Full key for a command-line name ("lr" → "optimizer.lr"); throws UserError with the nearest key, or the nearest of other_options, if unknown,
+// or the candidates if ambiguous.
+std::string resolve_key(const std::string& name, const std::vector<std::string>& other_options = {});
 void apply_override(Config& config, const Override& override);
 
 // The resolved configuration, every default written out, as pretty JSON.

@@ -75,7 +75,7 @@ void round_trip(const std::string& which) {
         save_checkpoint(*device, path, model.list, metadata);
         model.randomize(rng);
         CHECK(load_checkpoint(*device, path, model.list) == metadata);
-        REQUIRE(model.memory() == expected);
+        REQUIRE((model.memory() == expected));  // not printed: it may be 30 MB
         CHECK(checkpoint_metadata(path) == metadata);
         std::filesystem::remove(path);
     }
@@ -134,7 +134,7 @@ TEST_CASE("checkpoint: one of another run is refused before anything is touched"
         model.randomize(rng);
         auto before = model.memory();
         std::string text = user_error([&] { load_checkpoint(*device, path, list); });
-        CHECK(model.memory() == before);
+        CHECK((model.memory() == before));
         CHECK(has(text, path));
         return text;
     };
@@ -205,7 +205,7 @@ TEST_CASE("checkpoint: a full disk leaves the previous checkpoint and no tempora
         REQUIRE(find_newest_valid(dir.path, &skipped)->step == 1);
         CHECK(skipped.empty());
         CHECK(load_checkpoint(*device, checkpoint_path(dir.path, 1), model.list).at("step") == "1");
-        CHECK(model.memory() == saved);
+        CHECK((model.memory() == saved));
     }
 }
 

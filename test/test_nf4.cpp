@@ -216,6 +216,14 @@ void check_special_values(Device& device) {
         if (!nested)
             for (int e = 0; e < 128; ++e) REQUIRE(back.read()[e] == 0);
     }
+    // Exactly on a threshold: the lower code.
+    std::vector<float> ties(16, 1.0f);
+    for (int i = 0; i < 15; ++i) ties[i] = nf4_threshold(i);
+    OnDevice on_threshold(device, DType::f32, 1, 16, ties);
+    QuantizedOnDevice t(device, 1, 16, false);
+    nf4_quantize(device, t.q, on_threshold, nullptr);
+    for (int i = 0; i < 16; ++i) REQUIRE(t.unpacked()[i] == i);
+
     OnDevice zeros(device, DType::bf16, 3, 77, std::vector<float>(231, 0.0f)), back(device, DType::bf16, 3, 77);
     QuantizedOnDevice n(device, 3, 77, true);
     nf4_quantize(device, n.q, zeros, nullptr);
