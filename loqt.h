@@ -41,6 +41,7 @@ struct Linear {
     Parameter dense;                  // full: W as a parameter
     bool next_ready = false;          // p_next holds this merge step's projection
     float captured_energy = 0;
+    double projection_seconds = 0;
 
     int64_t h() const { return right ? out : in; }
     int64_t n() const { return right ? in : out; }
@@ -52,6 +53,7 @@ struct MergeStatistics {
     double quant_error = 0;           // Σ ‖W − W_eff‖/‖W‖ after compensation
     double plain_quant_error = 0;     // Σ the same without compensation
     double captured_energy = 0;       // Σ ‖P·G‖²/‖G‖²
+    double projection_seconds = 0;    // spent on dense gradients and singular vectors during the backward pass
 };
 
 // How the current backward pass is to treat a merge.

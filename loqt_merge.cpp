@@ -7,17 +7,22 @@
 #include "ops/elementwise.h"
 #include "ops/linalg.h"
 #include "ops/matmul.h"
+#include "runtime/metrics.h"
 
 void LinearGroup::project_gradients(Device& device, Tensor dy, Tensor x, const ProjectionPass& pass) {
     bool accumulate = merge_gradient_ && pass.whole_batch;
     if (accumulate) matmul(device, merge_gradient_, 1.0f, dy, Op::transpose, x, Op::none, pass.first ? 0.0f : 1.0f);
     if (!pass.last) return;
+    device.synchronize();
     for (Linear& l : linears_) {
+        double begin = wall_seconds();
         ScratchScope scope(device);
         int64_t rows = padded_width(l.out);
         Tensor g = accumulate ? merge_gradient_.row_slice(l.row_begin, rows) : scope.tensor("dense gradient", DType::f32, rows, in_padded());
         if (!accumulate) matmul(device, g, 1.0f, dy.col_slice(l.row_begin, rows), Op::transpose, x, Op::none);
         project_one(device, l, Tensor{g.data, g.dtype, l.out, l.in, g.ld}, pass.step);
+        device.synchronize();
+        l.projection_seconds = wall_seconds() - begin;
     }
 }
 
@@ -39,6 +44,7 @@ void LinearGroup::project_one(Device& device, Linear& l, Tensor gradient, int64_
 void LinearGroup::reinitialize(Device& device, int64_t step, const WeightSource* source, MergeStatistics& statistics) {
     for (Linear& l : linears_) {
         ++statistics.matrices;
+        statistics.projection_seconds += l.projection_seconds;
         if (l.next_ready) reinitialize_one(device, l, step, source, statistics);
         else ++statistics.failed;
         l.next_ready = false;

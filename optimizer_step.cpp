@@ -15,11 +15,6 @@ double learning_rate(const Config& config, int64_t step) {
 StepSums::StepSums(Device& device, Llama& model, const Config& config) : device_(device), parameters_(model.parameters().size()) {
     losses_ = static_cast<double*>(device.allocate(config.micro_batches() * int64_t(sizeof(double)), "loss sums"));
     squares_ = static_cast<double*>(device.allocate(int64_t(parameters_ * sizeof(double)), "gradient norms"));
-    // Also here so that a dry run counts the scratch of the sums.
-    for (size_t i = 0; device.dry() && i < parameters_; ++i) {
-        Parameter& p = *model.parameters()[i];
-        sum_of_squares(device, squares_, int64_t(i), p.logical(p.grad));
-    }
 }
 
 StepSums::~StepSums() {

@@ -16,6 +16,7 @@ constexpr int64_t kWorkspaceBytes = int64_t(64) << 20;
 constexpr int64_t kMostTokensCuda = 131072, kMostTokensCpu = 2048;
 
 double gib(int64_t bytes) { return double(bytes) / double(int64_t(1) << 30); }
+std::string amount(int64_t bytes) { return gib(bytes) < 1 ? format("%.2f MiB", 1024 * gib(bytes)) : format("%.2f GiB", gib(bytes)); }
 
 }  // namespace
 
@@ -31,7 +32,8 @@ MemoryPlan plan_memory(const Config& config, DeviceKind kind, bool cache_effecti
     pass.whole_batch = config.method.projection_gradient == "full" && config.micro_batches() > 1;
     model.evaluate(batch, nullptr, 0);
     model.train(batch, 1.0f, nullptr, 0, pass);
-    StepSums sums(*device, model, config);
+    double loss, norm;
+    StepSums(*device, model, config).read(model, 1, &loss, &norm);
     update_parameters(*device, model, config, 0, 0.0, 1.0);
     if (config.low_rank()) model.merge(0, nullptr);
 
@@ -78,8 +80,8 @@ MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget) {
     if (config.optimizer.moments == "fp32") remedy += " --moments int8;";
     if (config.method.projection_gradient == "full" && config.train.batch > 1 && config.low_rank()) remedy += " --projection_gradient last;";
     if (config.train.micro_batch > 1) remedy += " --micro_batch auto;";
-    throw UserError(format("does not fit: %.2f GiB planned at a micro-batch of %lld sequences, %.2f GiB allowed; try%s a shorter --seq_len or a smaller --rank",
-                           gib(smallest.total), (long long)candidates.back(), gib(budget), remedy.c_str()));
+    throw UserError(format("does not fit: %s planned at a micro-batch of %lld sequences, %s allowed; try%s a shorter --seq_len or a smaller --rank",
+                           amount(smallest.total).c_str(), (long long)candidates.back(), amount(budget).c_str(), remedy.c_str()));
 }
 
 std::string describe_plan(const Config& config, const MemoryPlan& plan, DeviceKind kind, int64_t budget) {
@@ -90,6 +92,6 @@ std::string describe_plan(const Config& config, const MemoryPlan& plan, DeviceKi
                    (long long)config.micro_batches(), (long long)config.train.micro_batch, config.train.effective_weights.c_str());
     for (auto& [name, bytes] : plan.lines) text += format("  %-40s %10.4f GiB\n", name.c_str(), gib(bytes));
     text += format("  %-40s %10.4f GiB", "total", gib(plan.total));
-    if (budget) text += format("   of %.2f GiB allowed", gib(budget));
+    if (budget) text += format("   of %s allowed", amount(budget).c_str());
     return text + "\n";
 }

@@ -34,8 +34,15 @@ void add_config_options(CLI::App& app, std::vector<std::pair<std::string, std::s
             if (resolve_key(last) == path) names += ",--" + last;
         } catch (const UserError&) {  // ambiguous: the full name only
         }
-        app.add_option(names, values[i++].second, help + (choices.empty() ? "" : " (" + choices + ")"))->group(section)->type_name("");
+        app.add_option(names, values[i++].second, help + (choices.empty() ? "" : " (" + choices + ")"))->group(section)->type_name("VALUE");
     });
+}
+
+std::vector<std::string> option_names(const CLI::App& app) {
+    std::vector<std::string> names;
+    for (const CLI::Option* option : app.get_options())
+        for (const std::string& name : option->get_lnames()) names.push_back(name);
+    return names;
 }
 
 Arguments parse(int argc, char** argv) {
@@ -68,7 +75,7 @@ Arguments parse(int argc, char** argv) {
         throw UserError(error.what());
     }
     for (const std::string& extra : app.remaining()) {
-        if (extra.rfind("--", 0) == 0) resolve_key(extra.substr(2, extra.find('=') - 2));  // throws with the nearest key
+        if (extra.rfind("--", 0) == 0) resolve_key(extra.substr(2, extra.find('=') - 2), option_names(app));  // throws with the nearest
         throw UserError("unexpected argument \"" + extra + "\"; see --help");
     }
     a.sample = sample->count() > 0;
@@ -117,9 +124,15 @@ int64_t memory_budget(const Config& config, const Device* device) {
     return device->is_cuda() ? budget + (int64_t(664) << 20) : budget;
 }
 
+// manifest.json beside the training shards, which data.train names as a folder, a file or a pattern.
+std::optional<Manifest> training_manifest(const Config& config) {
+    fs::path train = config.data.train;
+    return load_manifest((fs::is_directory(train) ? train : train.parent_path()).string());
+}
+
 void export_model(const Arguments& a, Config& config, Device& device) {
     auto model = load_trained_model(config, device);
-    auto manifest = load_manifest(fs::path(config.data.train).parent_path().string());
+    auto manifest = training_manifest(config);
     LlamaShape shape;
     shape.hidden = config.model.hidden, shape.intermediate = config.model.intermediate, shape.layers = config.model.layers;
     shape.heads = config.model.heads, shape.kv_heads = config.kv_heads(), shape.head_dim = config.model.head_dim(), shape.vocab = config.model.vocab;
@@ -132,7 +145,7 @@ void export_model(const Arguments& a, Config& config, Device& device) {
 }
 
 void sample_text(const Arguments& a, Config& config, Device& device) {
-    auto manifest = load_manifest(fs::is_directory(config.data.train) ? config.data.train : fs::path(config.data.train).parent_path().string());
+    auto manifest = training_manifest(config);
     if (!manifest) throw UserError("--sample needs the tokenizer: no manifest.json beside the shards " + config.data.train);
     auto model = load_trained_model(config, device);
     std::printf("%s\n", generate(*model, Tokenizer(*manifest, a.program_dir), a.sampling).c_str());
@@ -178,10 +191,14 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
+    std::signal(SIGXFSZ, SIG_IGN);  // a file beyond ulimit -f is then an error like a full disk
     try {
         return run(argc, argv);
     } catch (const UserError& error) {
         std::fprintf(stderr, "train_loqt: %s\n", error.what());
+        return 2;
+    } catch (const fs::filesystem_error& error) {  // a path that cannot be looked at: no permission, a loop of links
+        std::fprintf(stderr, "train_loqt: %s: %s; check the path and its permissions\n", error.path1().c_str(), error.code().message().c_str());
         return 2;
     } catch (const std::exception& error) {
         std::fprintf(stderr, "train_loqt: internal error: %s\n", error.what());

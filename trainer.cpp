@@ -8,7 +8,6 @@
 #include "flops.h"
 #include "merge_schedule.h"
 #include "runtime/checkpoint.h"
-#include "runtime/files.h"
 #include "weight_source.h"
 
 namespace fs = std::filesystem;
@@ -22,7 +21,7 @@ std::string checkpoint_folder(const Config& config) { return (fs::path(config.ru
 
 DataOptions data_options(const Config& config, const std::string& paths, const char* split, bool shuffle) {
     DataOptions options;
-    options.paths = {paths};
+    if (!paths.empty()) options.paths = {paths};
     options.split = split;
     options.layout = data_layout(config.data.layout);
     options.seq_len = config.train.seq_len;
@@ -82,6 +81,8 @@ Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, b
 
     if (resume) restore();
     else start_fresh();
+    // What the user changed now holds for later resumes too.
+    if (!changes.empty()) write_file((fs::path(config_.run.dir) / "config.json").string(), config_to_json(config_));
     metrics_ = std::make_unique<MetricsFile>((fs::path(config_.run.dir) / "metrics.jsonl").string());
     progress_ = std::make_unique<ProgressLine>();
     std::string changed;
@@ -103,11 +104,13 @@ Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, b
 void Trainer::start_fresh() {
     fs::path dir = config_.run.dir;
     make_directories((dir / "checkpoints").string());
+    lock_ = std::make_unique<DirectoryLock>(config_.run.dir);
     write_file((dir / "config.json").string(), config_to_json(config_));
     model_->initialize(source_);
 }
 
 void Trainer::restore() {
+    lock_ = std::make_unique<DirectoryLock>(config_.run.dir);
     if (list_checkpoints(checkpoint_folder(config_)).empty()) {
         // Killed before its first checkpoint: the same seed makes the same run again.
         model_->initialize(source_);
@@ -155,7 +158,6 @@ void Trainer::evaluate() {
         batch_means += sum / double(std::max<int64_t>(batch.valid_targets, 1));
     }
     loss /= double(std::max<int64_t>(tokens, 1));
-    last_val_loss_ = loss;
     evaluated_step_ = step_;
     std::vector<Field> fields{{"step", step_}, {"loss", loss}, {"perplexity", std::exp(loss)}, {"tokens", tokens}};
     std::string note = format("step %lld: validation loss %.4f, perplexity %.3f over %s tokens", (long long)step_, loss, std::exp(loss), human_count(double(tokens)).c_str());
@@ -176,7 +178,8 @@ void Trainer::merge(const ProjectionPass& pass) {
     MergeStatistics s = model_->merge(pass.step, pass.step == 0 ? &source_ : nullptr);
     device_.synchronize();
     double done = std::max(1, s.matrices - s.failed);
-    metrics_->write("merge", {{"step", pass.step}, {"seconds", wall_seconds() - begin}, {"quant_error", s.quant_error / done},
+    metrics_->write("merge", {{"step", pass.step}, {"seconds", wall_seconds() - begin + s.projection_seconds}, {"projection_seconds", s.projection_seconds},
+                              {"quant_error", s.quant_error / done},
                               {"quant_error_uncompensated", s.plain_quant_error / done}, {"captured_energy", s.captured_energy / done},
                               {"matrices", int64_t(s.matrices)}, {"failed", int64_t(s.failed)}});
     if (s.failed) progress_->note(format("step %lld: %d of %d matrices kept their projection (gradient zero or not finite)", (long long)pass.step, s.failed, s.matrices));

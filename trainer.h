@@ -8,6 +8,7 @@
 #include "optimizer_step.h"
 #include "plan.h"
 #include "runtime/data.h"
+#include "runtime/files.h"
 #include "runtime/metrics.h"
 
 // Set by SIGINT and SIGTERM: the loop finishes its step, saves and returns.
@@ -29,11 +30,11 @@ class Trainer {
     void save();
     void report_step(double loss, double gradient_norm, double lr, double seconds);
     bool due(int64_t every) const { return every > 0 && step_ % every == 0; }
-    std::vector<struct CheckpointTensor> saved_tensors();
 
     Config config_;
     Device& device_;
     int64_t planned_bytes_;
+    std::unique_ptr<DirectoryLock> lock_;  // two processes in one run directory would spoil each other's checkpoints
     std::unique_ptr<TokenDataset> train_data_, val_data_;
     std::unique_ptr<Llama> model_;
     std::unique_ptr<StepSums> sums_;
@@ -48,7 +49,6 @@ class Trainer {
     std::set<std::string> trusted_checkpoints_;
     double started_ = 0, training_seconds_ = 0, rate_ = 0;
     int64_t steps_here_ = 0;
-    double last_val_loss_ = 0;
 };
 
 // For --sample and --export: the weights of the newest valid checkpoint of a run. config.train.micro_batch is set to 1.

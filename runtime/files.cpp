@@ -124,6 +124,15 @@ void make_directories(const std::string& path) {
     if (error) throw_file_error("create directory", path, error.value());
 }
 
+DirectoryLock::DirectoryLock(const std::string& directory) : fd_(open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+    if (fd_ < 0) throw_file_error("open directory", directory, errno);
+    if (flock(fd_, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) return;  // a file system without locks cannot tell
+    close(fd_);
+    throw UserError(directory + " is in use by another train_loqt; stop that one first, or choose another directory");
+}
+
+DirectoryLock::~DirectoryLock() { close(fd_); }
+
 void remove_abandoned_temporaries(const std::string& directory) {
     std::error_code ignored;  // housekeeping: a directory or file that cannot be read is left alone
     for (const auto& entry : fs::directory_iterator(directory, ignored)) {

@@ -31,5 +31,16 @@ void write_file(const std::string& path, const std::string& text);
 // Creates a directory and its parents; no error if it is there already.
 void make_directories(const std::string& path);
 
+// Holds a directory for this process alone, until destroyed or the process ends, however it ends. UserError if another process holds it.
+class DirectoryLock {
+  public:
+    explicit DirectoryLock(const std::string& directory);
+    ~DirectoryLock();
+    DirectoryLock(const DirectoryLock&) = delete;
+
+  private:
+    int fd_;
+};
+
 // Removes the temporaries in a directory whose writers died (killed, power cut): those that nobody holds a lock on any more.
 void remove_abandoned_temporaries(const std::string& directory);

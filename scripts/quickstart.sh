@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model: set up, build for this machine, turn real English text into tokens, train the tiny preset with LoQT,
-# print a sample. About four minutes on two CPU cores, seconds on a GPU.
+# print a sample. Two cores take about three minutes, most of them to build. Safe to run again: what is done is not done twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 say() { printf '\n== %s\n' "$*"; }
@@ -8,27 +8,36 @@ say() { printf '\n== %s\n' "$*"; }
 say "setting up"
 sh scripts/setup.sh quickstart
 
-say "building"
-if nvidia-smi -L >/dev/null 2>&1; then target=all; else target=cpu; fi
+if nvidia-smi -L >/dev/null 2>&1; then
+    target=all
+    command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ] || echo "there is a GPU but no nvcc (CUDA Toolkit 12.4 or newer): this build uses the CPU"
+else
+    target=cpu
+fi
+say "building (a few minutes the first time)"
 make -s -j"$(nproc)" $target
 
 say "text"
-mkdir -p data/shards/quickstart
-if [ ! -f data/shards/quickstart/manifest.json ]; then
-    python3 data/quickstart_text.py data/shards/quickstart/text.txt
-    python3 data/tokenize.py --tokenizer bytes --val-fraction 0.02 --out data/shards/quickstart --quiet data/shards/quickstart/text.txt
+shards=data/shards/quickstart
+if [ ! -f $shards/manifest.json ]; then
+    mkdir -p $shards
+    python3 data/quickstart_text.py $shards/text.txt
+    python3 data/tokenize.py --tokenizer bytes --val-fraction 0.02 --out $shards --quiet $shards/text.txt
+else
+    echo "$shards is complete"
 fi
 
-say "training (Ctrl-C stops and saves; --resume goes on)"
 run=runs/quickstart
-if [ -f $run/config.json ]; then
+say "training (Ctrl-C stops and saves; the same command goes on)"
+if grep -qs '"finished": true' $run/metrics.jsonl; then
+    echo "$run is trained; delete it to train again"
+elif [ -f $run/config.json ]; then
     ./train_loqt --run.dir $run --resume
 else
-    ./train_loqt --config tiny --run.dir $run --data.train data/shards/quickstart --data.val data/shards/quickstart
+    ./train_loqt --config tiny --run.dir $run --data.train $shards --data.val $shards
 fi
 
 say "what it learned"
 python3 scripts/summary.py $run
-echo
-echo 'sample, prompt "In the beginning":'
-./train_loqt --run.dir $run --sample "In the beginning" --sample-tokens 240 2>/dev/null
+printf '\nsample, prompt "In the beginning":\n'
+./train_loqt --run.dir $run --sample "In the beginning" --sample-tokens 240

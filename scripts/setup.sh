@@ -1,44 +1,42 @@
 #!/bin/sh
 # Installs what building (and, with "test" or "quickstart", testing or the quick start) needs and this machine lacks: Debian packages where apt
 # works, Python packages into .venv. What cannot be installed is named; only what a build cannot do without is an error.
+# Usage: sh scripts/setup.sh [build | test | quickstart]
 purpose=${1:-build}
 cd "$(dirname "$0")/.." || exit 1
 
-packages=""
-need() { # header or command, package
-    case $1 in
-        *.h*) printf '#include <%s>\n' "$1" | ${CXX:-g++} -std=c++17 -x c++ -fsyntax-only - 2>/dev/null || packages="$packages $2" ;;
-        *) command -v "$1" >/dev/null 2>&1 || packages="$packages $2" ;;
-    esac
+blas=$(if [ -n "$OPENBLAS_DIR" ]; then echo "-I$OPENBLAS_DIR/include"; else pkg-config --cflags openblas 2>/dev/null; fi)
+has_header() { printf '#include <%s>\n' "$1" | ${CXX:-g++} -std=c++17 -x c++ $blas -M - >/dev/null 2>&1; }
+has_command() { command -v "$1" >/dev/null 2>&1; }
+
+# Debian packages that are missing, as " a b c".
+missing() {
+    has_command "${CXX:-g++}" || printf ' g++'
+    has_command make || printf ' make'
+    has_command python3 || printf ' python3'
+    has_header CLI/CLI.hpp || printf ' libcli11-dev'
+    has_header nlohmann/json.hpp || printf ' nlohmann-json3-dev'
+    has_header cblas.h || printf ' libopenblas-dev'
+    [ "$purpose" != test ] || has_header catch2/catch_all.hpp || has_header catch2/catch.hpp || printf ' catch2'
 }
-need g++ g++
-need make make
-need python3 python3
-need CLI/CLI.hpp libcli11-dev
-need nlohmann/json.hpp nlohmann-json3-dev
-need cblas.h libopenblas-dev
-if [ "$purpose" = test ]; then
-    printf '#if __has_include(<catch2/catch_all.hpp>) || __has_include(<catch2/catch.hpp>)\n#else\n#error\n#endif\n' |
-        ${CXX:-g++} -std=c++17 -x c++ -fsyntax-only - 2>/dev/null || packages="$packages catch2"
-fi
+
+packages=$(missing)
 # Text to train on; not worth an error if absent.
 optional=""
-[ "$purpose" = quickstart ] && ! command -v bible >/dev/null 2>&1 && optional="bible-kjv"
+[ "$purpose" = quickstart ] && ! has_command bible && optional=" bible-kjv"
 
-if [ -n "$packages$optional" ] && command -v apt-get >/dev/null 2>&1; then
-    root=""
-    if [ "$(id -u)" != 0 ]; then sudo -n true 2>/dev/null && root="sudo -n" || root=none; fi
+if [ -n "$packages$optional" ] && has_command apt-get; then
+    root=none
+    if [ "$(id -u)" = 0 ]; then root=""; elif sudo -n true 2>/dev/null; then root="sudo -n"; fi
     if [ "$root" != none ]; then
-        echo "installing:$packages $optional"
+        echo "installing$packages$optional"
+        install="env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends"
         log=$(mktemp)
         $root apt-get update >"$log" 2>&1
-        [ -z "$packages" ] || DEBIAN_FRONTEND=noninteractive $root apt-get install -y --no-install-recommends $packages >>"$log" 2>&1 || tail -n 3 "$log" >&2
-        [ -z "$optional" ] || DEBIAN_FRONTEND=noninteractive $root apt-get install -y --no-install-recommends $optional >>"$log" 2>&1
+        [ -z "$packages" ] || $root $install $packages >>"$log" 2>&1 || tail -n 3 "$log" >&2
+        [ -z "$optional" ] || $root $install $optional >>"$log" 2>&1
         rm -f "$log"
-        packages=""
-        need CLI/CLI.hpp libcli11-dev
-        need nlohmann/json.hpp nlohmann-json3-dev
-        need cblas.h libopenblas-dev
+        packages=$(missing)
     fi
 fi
 if [ -n "$packages" ]; then
@@ -46,15 +44,15 @@ if [ -n "$packages" ]; then
     exit 2
 fi
 
-# Python packages: the tokenizer tests and scripts use them; bytes need none.
+# Python packages: the tests of scripts and tokenizers use them; training and the quick start need none.
 if [ "$purpose" = test ] && [ ! -x .venv/bin/python3 ]; then
     echo "setting up .venv for the Python tests"
-    if python3 -m venv .venv >/dev/null 2>&1; then
-        .venv/bin/python3 -m pip install -q --disable-pip-version-check -r scripts/requirements.txt 2>/dev/null ||
-            echo "Python packages could not be installed; tests that need them are skipped"
-    else
+    if ! python3 -m venv --system-site-packages .venv >/dev/null 2>&1; then
         rm -rf .venv
         echo "python3 -m venv does not work here (Debian: apt-get install python3-venv); tests that need Python packages are skipped"
+    elif ! .venv/bin/python3 -m pip install -q --disable-pip-version-check --retries 1 -r scripts/requirements.txt >/dev/null 2>&1; then
+        rm -rf .venv
+        echo "pip could not install scripts/requirements.txt; tests that need those Python packages are skipped"
     fi
 fi
 exit 0

@@ -32,17 +32,20 @@ def main():
     except OSError as error:
         print(f"summary.py: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
-    evals, merges, steps = events.get("eval", []), events.get("merge", []), events.get("train", [])
+    merges, steps = events.get("merge", []), events.get("train", [])
+    evals = [e for e in events.get("eval", []) if e["loss"] is not None]  # null: it was not finite
     for e in evals:
         print(f"  step {e['step']:>6}  validation loss {e['loss']:.4f}  perplexity {e['perplexity']:>8.2f}  {bar(e['loss'], 0, evals[0]['loss'])}")
     if evals:
         print(f"validation loss fell by {evals[0]['loss'] - evals[-1]['loss']:.2f} nats")
     if merges:
-        print(f"{len(merges)} merges at steps {', '.join(str(m['step']) for m in merges)}; "
-              f"NF4 error after compensation {merges[-1]['quant_error']:.3f} (without: {merges[-1]['quant_error_uncompensated']:.3f})")
+        error = ""
+        if merges[-1]["quant_error_uncompensated"]:  # 0: the method does not quantize
+            error = f"; NF4 error after compensation {merges[-1]['quant_error']:.3f} (without: {merges[-1]['quant_error_uncompensated']:.3f})"
+        print(f"{len(merges)} merges at steps {', '.join(str(m['step']) for m in merges)}{error}")
     if steps:
         rate = sorted(s["tokens_per_s"] for s in steps)[len(steps) // 2]
-        print(f"{rate:,.0f} tokens/s (median step), peak memory {steps[-1]['memory_bytes'] / 2**30:.2f} GiB")
+        print(f"{rate:,.0f} tokens/s (median step), peak memory {max(s['memory_bytes'] for s in steps) / 2**30:.2f} GiB")
     return 0
 
 
