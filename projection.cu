@@ -68,7 +68,7 @@ bool subspace_vectors(Device& device, Tensor p, Tensor c, Tensor previous, uint6
     }
     for (int i = 0; i < (warm ? kWarmIterations : kColdIterations); ++i) {
         matmul(device, y, 1.0f, q, Op::none, c, Op::none, kDiagonalShift, q);
-        if (!orthonormalize_rows(device, y)) return false;
+        if (!orthonormalize_rows(device, y, Degenerate::complete)) return false;  // a gradient may have a rank far below k
         std::swap(q, y);
     }
 

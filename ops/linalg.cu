@@ -6,6 +6,7 @@
 
 #include <cblas.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "ops/matmul.h"
@@ -14,6 +15,8 @@
 extern "C" {
 void spotrf_(const char* uplo, const int* n, float* a, const int* lda, int* info);
 void spotrs_(const char* uplo, const int* n, const int* nrhs, const float* a, const int* lda, float* b, const int* ldb, int* info);
+void sgeqrf_(const int* m, const int* n, float* a, const int* lda, float* tau, float* work, const int* lwork, int* info);
+void sorgqr_(const int* m, const int* n, const int* k, float* a, const int* lda, const float* tau, float* work, const int* lwork, int* info);
 void ssyevd_(const char* jobz, const char* uplo, const int* n, float* a, const int* lda, float* w, float* work, const int* lwork, int* iwork,
              const int* liwork, int* info);
 }
@@ -70,6 +73,13 @@ void eigen_cpu(Tensor a, float* eigenvalues, Tensor workspace, int32_t* info) {
     *info = status;
 }
 
+void householder_cpu(Tensor y, float* tau, Tensor workspace, int32_t* info) {
+    openblas_set_num_threads(1);
+    int m = fortran_int(y.cols), k = fortran_int(y.rows), ld = fortran_int(y.ld), lwork = fortran_int(workspace.bytes() / int64_t(sizeof(float)));
+    sgeqrf_(&m, &k, y.as<float>(), &ld, tau, static_cast<float*>(workspace.data), &lwork, info);
+    sorgqr_(&m, &k, &k, y.as<float>(), &ld, tau, static_cast<float*>(workspace.data), &lwork, info + 1);
+}
+
 void read_diagonal_cpu(float* diagonal, Tensor a) {
     for (int64_t i = 0; i < a.rows; ++i) diagonal[i] = a.as<float>()[i * a.ld + i];
 }
@@ -118,6 +128,17 @@ void whiten_rows_cuda(const CudaContext& cuda, Tensor y, Tensor factor) {
     float one = 1.0f;
     CUBLAS_CHECK(cublasStrsm(cuda.blas, CUBLAS_SIDE_RIGHT, CUBLAS_FILL_MODE_LOWER, CUBLAS_OP_T, CUBLAS_DIAG_NON_UNIT, fortran_int(y.cols),
                              fortran_int(y.rows), &one, factor.as<float>(), fortran_int(factor.ld), y.as<float>(), fortran_int(y.ld)));
+}
+
+void householder_cuda(const CudaContext& cuda, Tensor y, float* tau, Tensor workspace, int32_t* info) {
+    int m = fortran_int(y.cols), k = fortran_int(y.rows), ld = fortran_int(y.ld), factor_floats = 0, form_floats = 0;
+    CUSOLVER_CHECK(cusolverDnSgeqrf_bufferSize(cuda.solver, m, k, y.as<float>(), ld, &factor_floats));
+    CUSOLVER_CHECK(cusolverDnSorgqr_bufferSize(cuda.solver, m, k, k, y.as<float>(), ld, tau, &form_floats));
+    int floats = std::max(factor_floats, form_floats);
+    check_workspace("cusolverDnSgeqrf", y.rows, size_t(floats) * sizeof(float), workspace);
+    float* work = static_cast<float*>(workspace.data);
+    CUSOLVER_CHECK(cusolverDnSgeqrf(cuda.solver, m, k, y.as<float>(), ld, tau, work, floats, info));
+    CUSOLVER_CHECK(cusolverDnSorgqr(cuda.solver, m, k, k, y.as<float>(), ld, tau, work, floats, info + 1));
 }
 
 // All eigenvectors, although only the top ones are wanted: the reduction to tridiagonal form dominates on a GPU, and this is the
@@ -204,6 +225,12 @@ void whiten_rows(Device& device, Tensor y, Tensor factor) {
     ON_DEVICE(device, whiten_rows_cuda(device.cuda(), y, factor), whiten_rows_cpu(y, factor));
 }
 
+// Rows of y become an orthonormal basis that contains their span, whatever their rank.
+void householder(Device& device, Tensor y, float* tau, Tensor workspace, int32_t* info) {
+    (void)workspace;
+    ON_DEVICE(device, householder_cuda(device.cuda(), y, tau, workspace, info), householder_cpu(y, tau, workspace, info));
+}
+
 void read_diagonal(Device& device, Tensor diagonal, Tensor a) {
     ON_DEVICE(device, read_diagonal_cuda(device.cuda(), diagonal.as<float>(), a), read_diagonal_cpu(diagonal.as<float>(), a));
 }
@@ -273,36 +300,48 @@ bool top_eigenvectors(Device& device, Tensor v, std::vector<float>& values, Tens
     return status == 0;
 }
 
-bool orthonormalize_rows(Device& device, Tensor y) {
+bool orthonormalize_rows(Device& device, Tensor y, Degenerate degenerate) {
     int64_t k = y.rows;
     CHECK_INTERNAL(k <= y.cols && y.dtype == DType::f32, "%lld rows of length %lld cannot be orthonormal", (long long)k, (long long)y.cols);
     ScratchScope scratch(device);
     Tensor gram = scratch.tensor("Gram matrix", DType::f32, k, k);
-    Tensor workspace = scratch.tensor("Cholesky workspace", DType::u8, 1, workspace_bytes(device, k));
+    Tensor workspace = scratch.tensor("orthonormalization workspace", DType::u8, 1, workspace_bytes(device, k));
     Tensor diagonal = scratch.tensor("diagonal", DType::f32, 1, k);
-    Tensor info = scratch.tensor("status", DType::i32, 1, 3);
+    Tensor info = scratch.tensor("status", DType::i32, 1, 2);
     std::vector<char> host_workspace;
     if (k == 0) return true;
+    auto succeeded = [&](int count) {
+        int32_t status[2] = {0, 0};
+        device.download(status, info.data, count * int64_t(sizeof(int32_t)));
+        return status[0] == 0 && status[1] == 0;
+    };
+    // Orthonormal rows have a Gram matrix with ones on its diagonal, and so has its Cholesky factor. NaN fails.
+    auto ones_on_diagonal = [&](Tensor a) {
+        std::vector<float> values(k, 1.0f);
+        read_diagonal(device, diagonal, a);
+        device.download(values.data(), diagonal.data, k * int64_t(sizeof(float)));
+        for (float d : values)
+            if (!(std::fabs(d - 1.0f) < 1e-2f)) return false;
+        return true;
+    };
 
-    for (int pass = 0; pass < 3; ++pass) {
+    bool good = true;
+    for (int pass = 0; pass < 3 && good; ++pass) {
         matmul(device, gram, 1.0f, y, Op::none, y, Op::transpose);
         // The published shift u‖Y‖²·I, taken relative to each row's norm, as if the rows had been scaled to equal norms first:
         // rows of very different norms (a power iteration's) are then no worse than rows of equal ones.
         if (pass == 0) scale_diagonal(device, gram, 1.0f + float(k) * kUnitRoundoff);
-        cholesky(device, gram, workspace, host_workspace, info.as<int32_t>() + pass);
-        whiten_rows(device, y, gram);
+        cholesky(device, gram, workspace, host_workspace, info.as<int32_t>());
+        good = succeeded(1);
+        if (good) whiten_rows(device, y, gram);
     }
-    read_diagonal(device, diagonal, gram);
-    if (device.dry()) return true;
-
-    std::vector<float> last(k);
-    int32_t status[3];
-    device.download(last.data(), diagonal.data, k * int64_t(sizeof(float)));
-    device.download(status, info.data, sizeof status);
-    // The third factor is the identity if the second pass already left nearly orthonormal rows. NaN fails.
-    bool good = status[0] == 0 && status[1] == 0 && status[2] == 0;
-    for (float d : last) good = good && std::fabs(d - 1.0f) < 1e-2f;
-    return good;
+    // The third factor is the identity if the second pass already left nearly orthonormal rows.
+    if (good && ones_on_diagonal(gram)) return true;
+    if (degenerate == Degenerate::fail) return false;
+    householder(device, y, diagonal.as<float>(), workspace, info.as<int32_t>());
+    if (!succeeded(2)) return false;
+    matmul(device, gram, 1.0f, y, Op::none, y, Op::transpose);
+    return ones_on_diagonal(gram);
 }
 
 void fix_row_signs(Device& device, Tensor v) {

@@ -10,8 +10,11 @@ bool solve_spd_right(Device& device, Tensor x, Tensor k);
 // row's largest-magnitude entry positive. values: host, r eigenvalues descending. c is destroyed. Returns false if it did not converge.
 bool top_eigenvectors(Device& device, Tensor v, std::vector<float>& values, Tensor c);
 
-// Orthonormalizes the rows of y: (k, m) f32, k ≤ m, in place by shifted CholeskyQR3 (Fukaya et al. 2020). Returns false on failure.
-bool orthonormalize_rows(Device& device, Tensor y);
+// Orthonormalizes the rows of y: (k, m) f32, k ≤ m, in place by shifted CholeskyQR3 (Fukaya et al. 2020). Where their rank is short of k:
+// fail returns false (y undefined); complete uses Householder reflections instead, whose missing directions are arbitrary but orthonormal.
+// Also false if y is not finite. Synchronizes.
+enum class Degenerate { fail, complete };
+bool orthonormalize_rows(Device& device, Tensor y, Degenerate degenerate = Degenerate::fail);
 
 // Negates the rows of v (f32) whose largest-magnitude entry (the first of equal ones) is negative: singular vectors have no sign of
 // their own, and runs should agree on one.

@@ -242,6 +242,9 @@ void validate_config(Config& c) {
         require(c.method.max_gap == 0 || c.method.max_gap >= c.method.merge_gap, "method.max_gap: must be 0 or at least method.merge_gap");
     }
     positive("optimizer.lr", c.optimizer.lr), positive("optimizer.eps", c.optimizer.eps);
+    // Beyond these the arithmetic in single precision would make infinities and 0/0 of finite gradients.
+    require(c.optimizer.lr <= 1e38, "optimizer.lr: got " + json(c.optimizer.lr).dump() + ", must be at most 1e38");
+    require(c.optimizer.eps >= 1e-30, "optimizer.eps: got " + json(c.optimizer.eps).dump() + ", must be at least 1e-30");
     fraction("optimizer.min_lr_ratio", c.optimizer.min_lr_ratio), fraction("optimizer.warmup_ratio", c.optimizer.warmup_ratio);
     require(c.optimizer.beta1 >= 0 && c.optimizer.beta1 < 1, "optimizer.beta1: must lie in [0, 1)");
     require(c.optimizer.beta2 >= 0 && c.optimizer.beta2 < 1, "optimizer.beta2: must lie in [0, 1)");

@@ -28,19 +28,19 @@ def gib(size):
 def row(label, events):
     """One table row, as text; "-" for what the run has not done."""
     steps, evals, merges = events.get("train", []), events.get("eval", []), events.get("merge", [])
-    sessions = sorted(events.get("start", []) + events.get("resume", []), key=lambda e: e["time"])
+    starts = sorted(events.get("start", []) + events.get("resume", []), key=lambda e: e["time"])
     # A train line counts steps done, a merge line the step it happened in: line u + 1 contains merge u.
     merged = {m["step"] + 1 for m in merges}
     rates = [s["tokens_per_s"] for s in steps if s["step"] not in merged]
     loss = evals[-1]["loss"] if evals else None
     cells = {
         "run": label,
-        "method": sessions[-1]["method"] if sessions else "-",
+        "method": starts[-1]["method"] if starts else "-",
         "steps": str(steps[-1]["step"]) if steps else "0",
         "validation loss": "-" if loss is None else f"{loss:.4f}",
         "perplexity": "-" if loss is None else f"{evals[-1]['perplexity']:.2f}",
         "tokens/s": f"{statistics.median(rates):,.0f}" if rates else "-",
-        "planned memory": gib(sessions[-1]["planned_bytes"]) if sessions else "-",
+        "planned memory": gib(starts[-1]["planned_bytes"]) if starts else "-",
         "peak memory": gib(max(s["memory_bytes"] for s in steps)) if steps else "-",
         "merges": str(len(merges)),
         "s/merge": f"{statistics.median(m['seconds'] for m in merges):.2f}" if merges else "-",

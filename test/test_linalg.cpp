@@ -145,6 +145,20 @@ void check_orthonormalization(Device& device) {
     y[3 * 30] = NAN;
     zero_row.write(y);
     CHECK_FALSE(orthonormalize_rows(device, zero_row));
+    CHECK_FALSE(orthonormalize_rows(device, zero_row, Degenerate::complete));
+
+    // Rank 3 of 64 rows, some of them zero: completed to an orthonormal basis that holds the span.
+    const int64_t k = 64, m = 150;
+    std::vector<float> basis = random_normal(rng, 3 * m), mix = random_normal(rng, k * 3), low(k * m, 0.0f);
+    for (int64_t i = 0; i < k; ++i)
+        for (int64_t l = 0; l < 3 && i % 5; ++l)
+            for (int64_t j = 0; j < m; ++j) low[i * m + j] += mix[i * 3 + l] * basis[l * m + j];
+    OnDevice degenerate(device, DType::f32, k, m, low, m + 2);
+    REQUIRE(orthonormalize_rows(device, degenerate, Degenerate::complete));
+    std::vector<float> q = degenerate.read();
+    CHECK(orthonormality_error(q, k, m) < 3e-6);
+    Matrix64 coefficients = times_transposed(low, q, k, k, m);
+    CHECK(relative_error(times_transposed(coefficients, transposed(q, k, m), k, m, k), low) < 5e-6);
 }
 
 void check_signs(Device& device) {

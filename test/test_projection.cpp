@@ -169,6 +169,19 @@ void check_odd_ends(Device& device) {
         CHECK(low.result.captured_energy == Approx(1.0).epsilon(1e-5));
         CHECK(orthonormality_error(low.p, r, h) < 1e-5);
     }
+    // One direction far above everything else, as when training starts or diverges; warm and cold.
+    int64_t wide = 640, rank = 256;
+    Gradient steep{random_normal(rng, wide * 400, 1e-5f), 400, wide, wide, false, {}, {}};
+    std::vector<float> u = random_normal(rng, 400), v = random_normal(rng, wide);
+    for (int64_t i = 0; i < 400; ++i)
+        for (int64_t j = 0; j < wide; ++j) steep.g[i * wide + j] += u[i] * v[j];
+    Outcome cold = project(device, steep, rank, ProjectionMethod::subspace);
+    REQUIRE(cold.result.ok);
+    CHECK(orthonormality_error(cold.p, rank, wide) < 1e-5);
+    Outcome warm = project(device, steep, rank, ProjectionMethod::subspace, cold.p);
+    REQUIRE(warm.result.ok);
+    CHECK(warm.result.captured_energy == Approx(1.0).epsilon(1e-5));
+
     // A previous P of zeros is no start, and no reason to fail.
     CHECK(project(device, g, r, ProjectionMethod::subspace, std::vector<float>(r * h, 0.0f)).result.ok);
     Gradient tiny{random_normal(rng, 3 * 2), 3, 2, 2, false, {}, {}};
