@@ -27,6 +27,8 @@ else
     echo "$shards is complete"
 fi
 
+# Threads that wait asleep cost little, and much less than spinning where other programs use the cores too.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 run=runs/quickstart
 say "training (Ctrl-C stops and saves; the same command goes on)"
 if grep -qs '"finished": true' $run/metrics.jsonl; then
