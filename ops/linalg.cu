@@ -267,9 +267,11 @@ bool solve_spd_right(Device& device, Tensor x, Tensor k) {
     device.download(before.data(), diagonals.at(0, 0), r * int64_t(sizeof(float)));
     device.download(after.data(), diagonals.at(1, 0), r * int64_t(sizeof(float)));
     device.download(status, info.data, sizeof status);
-    // A pivot that cancelled down to rounding noise means a singular matrix, although the factorization went through. NaN fails too.
+    // A pivot that cancelled down to rounding noise means a singular matrix, although the factorization went through: with 1e-4 of its
+    // diagonal left, a solution has three digits at best. The Gram matrices solved here have pivots near 1. NaN fails too.
+    constexpr float kLeastPivot = 1e-4f;
     bool definite = status[0] == 0 && status[1] == 0;
-    for (int64_t i = 0; i < r; ++i) definite = definite && after[i] * after[i] > float(r) * kUnitRoundoff * before[i];
+    for (int64_t i = 0; i < r; ++i) definite = definite && after[i] * after[i] > kLeastPivot * before[i];
     return definite;
 }
 

@@ -41,8 +41,10 @@ void check_solves(Device& device) {
     };
     std::vector<double> spectrum(32, 1.0);
     CHECK(solvable(symmetric_with(rng, spectrum)));
-    spectrum[5] = 1e-9;  // singular to fp32's precision, whatever sign the rounding leaves
-    CHECK_FALSE(solvable(symmetric_with(rng, spectrum)));
+    // Singular to fp32's precision, whatever sign the rounding leaves: the identity less nearly all of one direction.
+    Matrix64 flat(32 * 32, -(1.0 - 1e-9) / 32.0);
+    for (int i = 0; i < 32; ++i) flat[i * 33] += 1.0;
+    CHECK_FALSE(solvable(flat));
     spectrum[5] = -0.1;
     CHECK_FALSE(solvable(symmetric_with(rng, spectrum)));
     // Two rows that agree to the last bit but one: the factorization succeeds on a pivot of pure rounding noise.
