@@ -75,7 +75,7 @@ $(BUILD)/%.o: %.cpp | check-libraries
 ifneq ($(NVCC),)
 $(BUILD)/%.cu.o: %.cu | check-libraries
 	@mkdir -p $(@D)
-	$(NVCC) $(COMMON) $(GENCODE) $(DEFINES) --threads 0 -ccbin $(CXX) $(foreach f,$(WARN) $(HOST),-Xcompiler $(f)) -c $< -o $@
+	$(NVCC) $(COMMON) $(GENCODE) $(DEFINES) -ccbin $(CXX) $(foreach f,$(WARN) $(HOST),-Xcompiler $(f)) -c $< -o $@
 else
 $(BUILD)/%.cu.o: %.cu | check-libraries
 	@mkdir -p $(@D)
@@ -87,7 +87,7 @@ check-libraries:
 
 test:
 	@sh scripts/setup.sh test
-	@$(MAKE) --no-print-directory $(if $(NVCC),,CUDA=0) all $(BUILD)/tests
+	@$(MAKE) --no-print-directory $(if $(findstring -j,$(MAKEFLAGS)),,-j$(shell nproc)) $(if $(NVCC),,CUDA=0) all $(BUILD)/tests
 	@python3 test/run.py $(BUILD)/tests
 
 quickstart:

@@ -93,7 +93,7 @@ Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, b
                      {"train_tokens", int64_t(train_data_->tokens())}, {"planned_bytes", planned_bytes_}, {"changed", changed}});
     progress_->note(format("%s: %s, %s parameters, %s on %s", config_.run.dir.c_str(), resume ? format("resumed at step %lld", (long long)step_).c_str() : "new run",
                            human_count(double(parameter_count(config_))).c_str(), config_.method.name.c_str(), device_.name().c_str()));
-    progress_->note(format("data: %s training tokens (%.2f epochs in this run), %s validation tokens; %lld micro-batches of %lld × %lld tokens a step",
+    progress_->note(format("data: %s training tokens (%.2f epochs in this run), %s validation tokens; each step %lld × %lld sequences of %lld tokens",
                            human_count(double(train_data_->tokens())).c_str(),
                            double(config_.train.steps * config_.train.batch) / double(train_data_->samples()),
                            human_count(val_data_ ? double(val_data_->tokens()) : 0.0).c_str(), (long long)config_.micro_batches(),

@@ -161,8 +161,9 @@ template <int D> __global__ void __launch_bounds__(kThreads, D == 64 ? 3 : 2) ke
         // Threads 0..63 fetch LSE, 64..127 D, one query each.
         const int i = threadIdx.x % kTile;
         const bool is_lse = threadIdx.x < kTile;
-        const float* from = (is_lse ? args.lse : args.row_sums) + (int64_t(blockIdx.z) * args.heads + head) * args.seq + query0 + i;
-        copy4_async((is_lse ? stage.lse : stage.row_sums) + i, from, query0 + i < args.seq);
+        const float* from = (is_lse ? args.lse : args.row_sums) + (int64_t(blockIdx.z) * args.heads + head) * args.seq;
+        const bool inside = query0 + i < args.seq;
+        copy4_async((is_lse ? stage.lse : stage.row_sums) + i, inside ? from + query0 + i : from, inside);
     };
     load_tile<D>(shared.k, {rows + k_column, args.ld_qkv}, row0, args.seq);
     load_tile<D>(shared.v, {rows + v_column, args.ld_qkv}, row0, args.seq);

@@ -30,7 +30,8 @@ template <int D> __device__ __forceinline__ int swizzled(int row, int chunk) { r
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// Asynchronous copy of 16 (4) bytes into shared memory, or zeros if !inside (src is then not read).
+// Asynchronous copy of 16 (4) bytes into shared memory, or zeros if !inside. src is then not read, but must be a valid address all
+// the same: compute-sanitizer's race check looks at it.
 __device__ __forceinline__ void copy16_async(void* dst, const void* src, bool inside) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(dst)), "l"(src), "r"(inside ? 16 : 0) : "memory");
 }
@@ -49,7 +50,10 @@ template <int D> __device__ __forceinline__ void load_tile(bf16* tile, Strided s
     bf16* to = tile + swizzled<D>(r, chunk);
     const bf16* from = src.data + int64_t(row0 + r) * src.ld + chunk * 8;
 #pragma unroll
-    for (int i = 0; i < kTile; i += kRowStep) copy16_async(to + i * D, from + i * src.ld, row0 + r + i < rows);
+    for (int i = 0; i < kTile; i += kRowStep) {
+        bool inside = row0 + r + i < rows;
+        copy16_async(to + i * D, inside ? from + i * src.ld : src.data, inside);
+    }
 }
 
 // Four 8×8 matrices; the address that lane l gives is row l%8 of matrix l/8.
