@@ -5,8 +5,8 @@
 
 #include "runtime/config.h"
 
-// Per trained token, forward and backward: products of the linear layers as the method computes them (W_eff formed once per use),
-// causal attention, LM head. Recomputed element-wise work, merges and evaluation are not counted.
+// Per trained token, forward and backward: products of the linear layers as the method computes them (W_eff formed as often
+// as train.effective_weights says), causal attention, LM head. Recomputed element-wise work, merges and evaluation are not counted.
 double training_flops_per_token(const Config& config);
 // Parameters of the plain model.
 int64_t parameter_count(const Config& config);

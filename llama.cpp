@@ -20,6 +20,9 @@ Tensor first_cols(const Tensor& t, int64_t cols) { return t.col_slice(0, cols); 
 
 Llama::Llama(const Config& config, Device& device, bool training, bool cache_effective)
     : config_(config), device_(device), capacity_(config.train.micro_batch * config.train.seq_len) {
+    int64_t hd = config.model.head_dim();
+    if (device.is_cuda() && hd != 64 && hd != 128)
+        throw UserError(format("model.heads: %lld heads of %lld; on a GPU heads must have size 64 or 128; change model.heads, or --device cpu", (long long)config.model.heads, (long long)hd));
     register_tensors(training, cache_effective);
     // The order of this list numbers the random streams: it must never depend on the method's details of storage.
     parameters_ = {&embedding_};
@@ -269,6 +272,19 @@ MergeStatistics Llama::merge(int64_t step, const WeightSource* source) {
     MergeStatistics statistics;
     for (LinearGroup* group : groups()) group->reinitialize(device_, step, source, statistics);
     return statistics;
+}
+
+int64_t Llama::projected_matrices() {
+    int64_t count = 0;
+    for (LinearGroup* group : groups())
+        for (const Linear& l : group->linears()) count += l.projected;
+    return count;
+}
+
+int64_t Llama::matrices() {
+    int64_t count = 0;
+    for (LinearGroup* group : groups()) count += int64_t(group->linears().size());
+    return count;
 }
 
 std::vector<Llama::ExportedTensor> Llama::exported_tensors() {

@@ -28,6 +28,7 @@ struct DeviceBatch {
 
 class Llama {
   public:
+    // train.micro_batch must be resolved. Throws UserError for a head size that the device's attention does not have.
     Llama(const Config& config, Device& device, bool training, bool cache_effective);
     Llama(const Llama&) = delete;
 
@@ -44,14 +45,17 @@ class Llama {
     void train(const Batch& batch, float loss_scale, double* sums, int64_t slot, const ProjectionPass& pass);
     // Forward only.
     void evaluate(const Batch& batch, double* sums, int64_t slot);
-    // Logits of the token after `tokens` (at most micro-batch·seq_len of them), as fp32 on the host.
+    // Logits of the token after `tokens` (1 to seq_len of them), as fp32 on the host.
     std::vector<float> next_token_logits(const std::vector<int32_t>& tokens);
 
     void zero_gradients();
     // Trained values changed.
     void invalidate();
-    // Merges every matrix; source = the true initial weights at the first merge, else null.
+    // Merges every matrix. source: the true initial weights, for matrices that merge for the first time; may be null once all have.
     MergeStatistics merge(int64_t step, const WeightSource* source);
+    // Matrices that have P and B (full: none ever has).
+    int64_t projected_matrices();
+    int64_t matrices();
 
     // Every tensor of the equivalent plain LLaMA under its Hugging Face name, merged and unpadded.
     struct ExportedTensor {

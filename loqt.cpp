@@ -98,11 +98,11 @@ void LinearGroup::collect(std::vector<Parameter*>& parameters) {
     for (Linear& l : linears_) parameters.push_back(method_ == Method::full ? &l.dense : &l.b);
 }
 
-Tensor LinearGroup::dequantized_p(Device& device, ScratchScope& scope, const Linear& l, DType dtype, bool next) const {
-    if (method_ == Method::loqt_nq && dtype == l.p.dtype) return next ? l.p_next : l.p;
+Tensor LinearGroup::dequantized_p(Device& device, ScratchScope& scope, const Linear& l, DType dtype) const {
+    if (method_ == Method::loqt_nq && dtype == l.p.dtype) return l.p;
     Tensor p = scope.tensor("P", dtype, l.rank, l.h());
-    if (method_ == Method::loqt) nf4_dequantize(device, p, next ? l.p_next_q : l.p_q);
-    else convert(device, p, next ? l.p_next : l.p);
+    if (method_ == Method::loqt) nf4_dequantize(device, p, l.p_q);
+    else convert(device, p, l.p);
     return p;
 }
 
@@ -199,7 +199,7 @@ void LinearGroup::read_effective(Device& device, const Linear& l, std::vector<fl
     Tensor w = scope.tensor("exported weights", DType::f32, l.out, l.in);
     if (method_ == Method::loqt) nf4_dequantize(device, w, l.w_q);
     else convert(device, w, method_ == Method::full ? l.dense.value : l.w);
-    if (method_ != Method::full && l.projected) {
+    if (method_ != Method::full && (l.projected || device.dry())) {
         Tensor p = dequantized_p(device, scope, l, DType::f32);
         Tensor b = scope.tensor("B in fp32", DType::f32, l.n(), l.rank);
         convert(device, b, l.b.logical(l.b.value));

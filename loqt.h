@@ -35,7 +35,7 @@ struct Linear {
     bool projected = false;           // P and B exist (from the first re-initialisation on)
 
     Nf4Tensor w_q, p_q, p_next_q;     // loqt
-    Tensor w;                         // full, loqt-nq: (out, in), part of the group's fused matrix
+    Tensor w;                         // loqt-nq: (out, in), part of the group's fused matrix
     Tensor p, p_next;                 // loqt-nq: (r, h)
     Parameter b;                      // (n, r)
     Parameter dense;                  // full: W as a parameter
@@ -71,7 +71,7 @@ class LinearGroup {
         std::string name;
         int64_t out;
     };
-    // in_padded: width of the input rows in memory. Sets shapes only.
+    // in: width of the shared input; specs: name and width of every matrix. Sets shapes only. config must outlive the group.
     void configure(const Config& config, int64_t in, const std::vector<Spec>& specs);
     void register_tensors(const Registration& reg);
     void initialize(Device& device, const WeightSource& source);
@@ -87,7 +87,7 @@ class LinearGroup {
     // dx = dy·W_eff (written); gradients of B (or W) accumulate; on a merge step the new projections are computed into p_next.
     void backward(Device& device, Tensor dx, Tensor dy, Tensor x, const ProjectionPass& pass);
     // After the optimizer's update of a merge step: merge s·P·B into W, requantize with compensation, install p_next.
-    // source: the true weights at the first merge, else null.
+    // source: the true weights, for matrices that merge for the first time; may be null once all have.
     void reinitialize(Device& device, int64_t step, const WeightSource* source, MergeStatistics& statistics);
     // The trained state changed: cached effective weights are stale.
     void invalidate() { effective_fresh_ = false; }
@@ -97,7 +97,7 @@ class LinearGroup {
   private:
     Tensor effective_weight(Device& device, ScratchScope& scope);
     void build_effective(Device& device, Tensor w_eff);
-    Tensor dequantized_p(Device& device, ScratchScope& scope, const Linear& l, DType dtype, bool next = false) const;
+    Tensor dequantized_p(Device& device, ScratchScope& scope, const Linear& l, DType dtype) const;
     void backward_factors(Device& device, Tensor dy, Tensor x);
     void project_gradients(Device& device, Tensor dy, Tensor x, const ProjectionPass& pass);
     void project_one(Device& device, Linear& l, Tensor gradient, int64_t step);

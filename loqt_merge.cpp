@@ -59,7 +59,7 @@ void LinearGroup::reinitialize_one(Device& device, Linear& l, int64_t step, cons
 
     // W in fp32 with the old adapters merged in.
     Tensor w = scope.tensor("merged weights", DType::f32, l.out, l.in);
-    if (source && !device.dry()) {
+    if (source && !l.projected && !device.dry()) {
         std::vector<float> host(l.out * l.in);
         (*source)(l.name, l.out, l.in, host.data());
         device.upload(w.data, host.data(), w.bytes());

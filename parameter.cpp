@@ -47,6 +47,5 @@ void register_parameter(const Registration& reg, Parameter& p, const std::string
 AdamStep adam_step(const Config& config, const Parameter& p, double lr, double grad_scale, int64_t step) {
     const OptimizerConfig& o = config.optimizer;
     ParamRounding rounding = p.value.dtype == DType::bf16 ? param_rounding(config) : ParamRounding::nearest;
-    return AdamStep{float(lr), float(o.beta1), float(o.beta2), float(o.eps), float(o.weight_decay), p.updates + 1, float(grad_scale), rounding,
-                    uint64_t(config.train.seed), p.stream, uint32_t(step)};
+    return AdamStep{lr, o.beta1, o.beta2, o.eps, o.weight_decay, p.updates + 1, float(grad_scale), rounding, uint64_t(config.train.seed), p.stream, uint32_t(step)};
 }

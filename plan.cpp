@@ -79,6 +79,7 @@ MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget) {
     if (config.train.gradients == "fp32" && kind == DeviceKind::cuda) remedy += " --gradients bf16;";
     if (config.optimizer.moments == "fp32") remedy += " --moments int8;";
     if (config.method.projection_gradient == "full" && config.train.batch > 1 && config.low_rank()) remedy += " --projection_gradient last;";
+    if (wish == "cached" && config.low_rank()) remedy += " --effective_weights rebuilt;";
     if (config.train.micro_batch > 1) remedy += " --micro_batch auto;";
     throw UserError(format("does not fit: %s planned at a micro-batch of %lld sequences, %s allowed; try%s a shorter --seq_len or a smaller --rank",
                            amount(smallest.total).c_str(), (long long)candidates.back(), amount(budget).c_str(), remedy.c_str()));

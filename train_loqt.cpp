@@ -1,5 +1,6 @@
 // train_loqt: pretrain LLaMA models with LoQT on one GPU, or on a CPU. See README.md; --help lists every option.
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
@@ -45,6 +46,23 @@ std::vector<std::string> option_names(const CLI::App& app) {
     return names;
 }
 
+// The arguments with configuration keys spelled as they are here: --init-from is --init_from.
+std::vector<std::string> with_underscores(int argc, char** argv) {
+    std::vector<std::string> arguments(argv, argv + argc);
+    for (std::string& argument : arguments) {
+        if (argument.rfind("--", 0) != 0) continue;
+        size_t end = std::min(argument.find('='), argument.size());
+        std::string key = argument.substr(2, end - 2);
+        std::replace(key.begin(), key.end(), '-', '_');
+        try {
+            resolve_key(key);
+            argument.replace(2, end - 2, key);
+        } catch (const UserError&) {  // an option of another kind, or a mistake that parsing will name
+        }
+    }
+    return arguments;
+}
+
 Arguments parse(int argc, char** argv) {
     Arguments a;
     std::error_code ignored;
@@ -66,8 +84,11 @@ Arguments parse(int argc, char** argv) {
     values.reserve(100);  // the options hold references
     add_config_options(app, values);
     app.allow_extras();
+    std::vector<std::string> arguments = with_underscores(argc, argv);
+    std::vector<const char*> pointers;
+    for (const std::string& argument : arguments) pointers.push_back(argument.c_str());
     try {
-        app.parse(argc, argv);
+        app.parse(argc, pointers.data());
     } catch (const CLI::CallForHelp&) {
         std::printf("%s", app.help().c_str());
         std::exit(0);
@@ -192,6 +213,7 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
     std::signal(SIGXFSZ, SIG_IGN);  // a file beyond ulimit -f is then an error like a full disk
+    std::signal(SIGPIPE, SIG_IGN);  // a run goes on when whoever read its output has left
     try {
         return run(argc, argv);
     } catch (const UserError& error) {

@@ -72,7 +72,6 @@ Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, b
     train_data_ = std::make_unique<TokenDataset>(data_options(config_, config_.data.train, "train", config_.data.shuffle));
     if (!config_.data.val.empty()) val_data_ = std::make_unique<TokenDataset>(data_options(config_, config_.data.val, "val", false));
 
-    source_ = config_.run.init_from.empty() ? random_weights(config_) : huggingface_weights(config_, config_.run.init_from);
     model_ = std::make_unique<Llama>(config_, device_, true, plan.cache_effective);
     model_->allocate();
     device_.reserve_scratch(plan.scratch);
@@ -101,7 +100,12 @@ Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, b
     stream_ = std::make_unique<BatchStream>(*train_data_, uint64_t(step_) * uint64_t(config_.train.batch), config_.train.micro_batch);
 }
 
+void Trainer::open_initial_weights() {
+    source_ = config_.run.init_from.empty() ? random_weights(config_) : huggingface_weights(config_, config_.run.init_from);
+}
+
 void Trainer::start_fresh() {
+    open_initial_weights();
     fs::path dir = config_.run.dir;
     make_directories((dir / "checkpoints").string());
     lock_ = std::make_unique<DirectoryLock>(config_.run.dir);
@@ -113,6 +117,7 @@ void Trainer::restore() {
     lock_ = std::make_unique<DirectoryLock>(config_.run.dir);
     if (list_checkpoints(checkpoint_folder(config_)).empty()) {
         // Killed before its first checkpoint: the same seed makes the same run again.
+        open_initial_weights();
         model_->initialize(source_);
         return;
     }
@@ -120,7 +125,12 @@ void Trainer::restore() {
     Metadata metadata = load_checkpoint(device_, file.path, saved_tensors_of(*model_));
     restore_counters(*model_, metadata.at("parameters"));
     step_ = std::stoll(metadata.at("step"));
+    if (config_.low_rank() && model_->projected_matrices() < model_->matrices()) open_initial_weights();
     skipped_ = std::stoll(metadata.at("skipped"));
+    // Allowed, but no longer the run that was interrupted: positions in the order of samples now mean other samples.
+    if (metadata.at("samples") != std::to_string(train_data_->samples()))
+        std::fprintf(stderr, "data.train has other data than the checkpoint saw: %llu samples, then %s\n", (unsigned long long)train_data_->samples(),
+                     metadata.at("samples").c_str());
     saved_step_ = step_;
     trusted_checkpoints_.insert(file.path);
     model_->invalidate();
@@ -132,6 +142,7 @@ void Trainer::save() {
     std::string path = checkpoint_path(checkpoint_folder(config_), step_);
     Metadata metadata{{"step", std::to_string(step_)},
                       {"next_sample", std::to_string(step_ * config_.train.batch)},
+                      {"samples", std::to_string(train_data_->samples())},
                       {"skipped", std::to_string(skipped_)},
                       {"seed", std::to_string(config_.train.seed)},
                       {"parameters", parameter_counters(*model_)},
@@ -174,8 +185,9 @@ void Trainer::evaluate() {
 
 void Trainer::merge(const ProjectionPass& pass) {
     double begin = wall_seconds();
-    // The first merge starts from the true weights, not from their NF4 round trip.
-    MergeStatistics s = model_->merge(pass.step, pass.step == 0 ? &source_ : nullptr);
+    // A matrix's first merge starts from its true weights, not from their NF4 round trip.
+    MergeStatistics s = model_->merge(pass.step, source_ ? &source_ : nullptr);
+    if (model_->projected_matrices() == model_->matrices()) source_ = nullptr;
     device_.synchronize();
     double done = std::max(1, s.matrices - s.failed);
     metrics_->write("merge", {{"step", pass.step}, {"seconds", wall_seconds() - begin + s.projection_seconds}, {"projection_seconds", s.projection_seconds},
@@ -196,7 +208,9 @@ void Trainer::train_step() {
     }
     ProjectionPass pass;
     pass.step = step_;
-    pass.active = std::binary_search(merges_.begin(), merges_.end(), step_);
+    // Should step 0 be skipped as not finite, the first merge is made up for at the next step.
+    bool never_merged = config_.low_rank() && model_->projected_matrices() == 0;
+    pass.active = never_merged || std::binary_search(merges_.begin(), merges_.end(), step_);
     pass.whole_batch = config_.method.projection_gradient == "full" && micro_batches > 1;
 
     model_->zero_gradients();

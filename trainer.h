@@ -22,6 +22,7 @@ class Trainer {
     void run();
 
   private:
+    void open_initial_weights();  // needed until the first merge is done
     void start_fresh();
     void restore();
     void train_step();

@@ -51,17 +51,6 @@ template <class D, class S, class F> void map_cpu(Tensor dst, Tensor src, F f) {
     }
 }
 
-template <class T> void transpose_cpu(Tensor dst, Tensor src) {
-    constexpr int64_t tile = 32;  // keeps both sides' cache lines in L1
-    const int64_t tiles = ceil_div(src.cols, tile);
-#pragma omp parallel for
-    for (int64_t i = 0; i < ceil_div(src.rows, tile) * tiles; ++i) {
-        const int64_t r0 = i / tiles * tile, c0 = i % tiles * tile;
-        for (int64_t c = c0; c < std::min(c0 + tile, src.cols); ++c)
-            for (int64_t r = r0; r < std::min(r0 + tile, src.rows); ++r) dst.as<T>()[c * dst.ld + r] = src.as<T>()[r * src.ld + c];
-    }
-}
-
 template <bool kSquares, class T> void sum_cpu(double* out, Tensor x) {
     const int64_t chunks = ceil_div(x.cols, kChunk);
     std::vector<double> partial(x.rows * chunks);
@@ -109,27 +98,6 @@ template <class D, class S, class F> void map_cuda(CudaContext& cuda, Tensor dst
     if (src.numel() == 0) return;
     if (aligned_rows(dst) && aligned_rows(src) && src.cols % kVector == 0) map_cuda<kVector, D, S>(cuda, dst, src, f);
     else map_cuda<1, D, S>(cuda, dst, src, f);
-}
-
-// 64 × 64 tiles through shared memory: whole lines are read and written on both sides.
-constexpr int kTile = 64, kTileThreads = 256;
-template <class T> __global__ void __launch_bounds__(kTileThreads) transpose_kernel(T* dst, int64_t ld_dst, const T* src, int64_t ld_src, int64_t rows, int64_t cols) {
-    __shared__ T tile[kTile][kTile + 4 / sizeof(T)];  // one bank of padding: reading down a column meets no bank twice
-    const int64_t tiles = (cols + kTile - 1) / kTile, r0 = blockIdx.x / tiles * kTile, c0 = blockIdx.x % tiles * kTile;
-    const int x = threadIdx.x % kTile;
-    for (int y = threadIdx.x / kTile; y < kTile; y += kTileThreads / kTile)
-        if (r0 + y < rows && c0 + x < cols) tile[y][x] = src[(r0 + y) * ld_src + c0 + x];
-    __syncthreads();
-    for (int y = threadIdx.x / kTile; y < kTile; y += kTileThreads / kTile)
-        if (c0 + y < cols && r0 + x < rows) dst[(c0 + y) * ld_dst + r0 + x] = tile[x][y];
-}
-
-template <class T> void transpose_cuda(CudaContext& cuda, Tensor dst, Tensor src) {
-    if (src.numel() == 0) return;
-    const int64_t blocks = ceil_div(src.rows, kTile) * ceil_div(src.cols, kTile);
-    CHECK_INTERNAL(blocks < (int64_t(1) << 31), "transpose of %lld × %lld", (long long)src.rows, (long long)src.cols);
-    transpose_kernel<<<unsigned(blocks), kTileThreads, 0, cuda.stream>>>(dst.as<T>(), dst.ld, src.as<T>(), src.ld, src.rows, src.cols);
-    LAUNCH_CHECK();
 }
 
 // Sum over the block in a fixed order; the result is in thread 0.
@@ -216,16 +184,6 @@ void axpby(Device& device, Tensor dst, float a, Tensor x, float b) {
 }
 
 void square(Device& device, Tensor dst, Tensor src) { map(device, dst, src, Square{}); }
-
-void transpose(Device& device, Tensor dst, Tensor src) {
-    CHECK_INTERNAL(dst.rows == src.cols && dst.cols == src.rows && dst.dtype == src.dtype, "dst %lld × %lld of %s, src %lld × %lld of %s",
-                   (long long)dst.rows, (long long)dst.cols, safetensors_name(dst.dtype), (long long)src.rows, (long long)src.cols,
-                   safetensors_name(src.dtype));
-    with_float_type(src.dtype, [&](auto type) {
-        using T = decltype(type);
-        ON_DEVICE(device, transpose_cuda<T>(device.cuda(), dst, src), transpose_cpu<T>(dst, src));
-    });
-}
 
 void sum_of_squares(Device& device, double* sums, int64_t slot, Tensor x) { sum<true>(device, sums, slot, x); }
 void sum(Device& device, double* sums, int64_t slot, Tensor x) { sum<false>(device, sums, slot, x); }

@@ -6,8 +6,6 @@
 void convert(Device& device, Tensor dst, Tensor src);
 // dst = a·x + b·dst, elementwise, any of f32/bf16.
 void axpby(Device& device, Tensor dst, float a, Tensor x, float b);
-// Column-wise transpose: dst (cols, rows) = srcᵀ.
-void transpose(Device& device, Tensor dst, Tensor src);
 // dst = src∘src (f32).
 void square(Device& device, Tensor dst, Tensor src);
 // sums[slot] = Σ x² over the logical elements, fp64, fixed order. sums: device f64. NaN and Inf propagate.

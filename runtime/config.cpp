@@ -76,7 +76,7 @@ void check_choice(const std::string& key, const std::string& value, const std::s
 
 // From JSON, strictly typed.
 void assign(const std::string& key, int64_t& field, const json& value, const char*) {
-    if (value.is_string() && value == "auto") { field = 0; return; }
+    if (value == "auto" && key == "train.micro_batch") { field = 0; return; }
     if (value.is_number_integer()) { field = value.get<int64_t>(); return; }
     if (value.is_number_float() && std::floor(value.get<double>()) == value.get<double>()) { field = int64_t(value.get<double>()); return; }
     bad_value(key, value.dump(), "a whole number");
@@ -97,7 +97,7 @@ void assign(const std::string& key, std::string& field, const json& value, const
 
 // From the command line: the text becomes the JSON value of the field's type.
 json parse_text(const std::string& key, const std::string& text, int64_t) {
-    if (text == "auto") return text;
+    if (text == "auto" && key == "train.micro_batch") return text;
     try {
         size_t used = 0;
         long long value = std::stoll(text, &used);
@@ -168,6 +168,8 @@ void read_config_file(Config& config, const std::string& path) {
         root = json::parse(file, nullptr, true, /*ignore_comments=*/true);
     } catch (const json::parse_error& error) {
         throw UserError(path + ": not valid JSON at byte " + std::to_string(error.byte));
+    } catch (const json::exception&) {
+        throw UserError(path + ": it has a number beyond the range of double precision");
     }
     require(root.is_object(), path + ": expected one JSON object with sections model, method, optimizer, data, train, eval, checkpoint, run");
     std::vector<std::string> keys = all_keys();
@@ -230,6 +232,10 @@ void validate_config(Config& c) {
     require(c.model.kv_heads >= 0, "model.kv_heads: must not be negative");
     c.model.kv_heads = c.kv_heads();
     require(c.model.heads % c.model.kv_heads == 0, format("model.kv_heads: %lld does not divide model.heads %lld", (long long)c.model.kv_heads, (long long)c.model.heads));
+    // Of all widths only the intermediate one is padded in memory where it is no multiple of 8 (see padded_width in loqt.h).
+    require(c.model.hidden % 8 == 0, format("model.hidden: %lld is not a multiple of 8", (long long)c.model.hidden));
+    require(c.kv_heads() * c.model.head_dim() % 8 == 0, format("model.kv_heads: %lld heads of %lld are %lld columns, not a multiple of 8", (long long)c.model.kv_heads,
+                                                               (long long)c.model.head_dim(), (long long)(c.kv_heads() * c.model.head_dim())));
 
     if (c.low_rank()) {
         positive("method.rank", c.method.rank);
@@ -258,6 +264,8 @@ void validate_config(Config& c) {
     require(c.checkpoint.every >= 0 && c.checkpoint.keep_every >= 0, "checkpoint.every and checkpoint.keep_every: must not be negative");
     require(c.checkpoint.keep_last >= 1, "checkpoint.keep_last: must be at least 1, else a run could not be resumed");
     positive("run.log_every", c.run.log_every);
+    const std::string& device = c.run.device;
+    require(device == "auto" || device == "cpu" || device == "cuda" || device.rfind("cuda:", 0) == 0, "run.device: got \"" + device + "\", expected auto, cpu, cuda or cuda:N");
     if (!c.run.memory_budget.empty()) parse_bytes(c.run.memory_budget);
 }
 

@@ -77,7 +77,6 @@ struct Config {
 
     int64_t kv_heads() const { return model.kv_heads ? model.kv_heads : model.heads; }
     int64_t micro_batches() const { return train.batch / train.micro_batch; }
-    bool quantized() const { return method.name == "loqt"; }
     bool low_rank() const { return method.name != "full"; }
 };
 

@@ -40,7 +40,6 @@ class Device {
     // Memory. A failed allocation throws UserError naming `what` and the bytes, with the table of what is held.
     void* allocate(int64_t bytes, const std::string& what);
     void release(void* pointer);
-    int64_t allocated_bytes() const { return allocated_; }
     int64_t free_bytes() const;         // free memory of the device now (host: available memory)
     int64_t process_peak_bytes() const; // cuda: total minus the lowest free memory seen; cpu: peak resident size
 

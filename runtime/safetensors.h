@@ -43,7 +43,6 @@ class SafetensorsWriter {
     void write(const std::string& name, const void* data, int64_t bytes);
     // Completes the file and gives it its name. Every tensor must have been written.
     void finish();
-    int64_t file_bytes() const { return file_bytes_; }
 
   private:
     struct Slot {

@@ -48,14 +48,3 @@ void TensorTable::allocate(Device& device) {
 void TensorTable::zero_family(Device& device, Family family) {
     if (sizes_[family]) device.zero(bases_[family], sizes_[family]);
 }
-
-int64_t TensorTable::family_bytes(Family family) const {
-    auto it = sizes_.find(family);
-    return it == sizes_.end() ? 0 : it->second;
-}
-
-int64_t TensorTable::total_bytes() const {
-    int64_t total = 0;
-    for (auto& [family, bytes] : sizes_) total += bytes;
-    return total;
-}

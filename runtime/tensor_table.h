@@ -31,8 +31,6 @@ class TensorTable {
     void allocate(Device& device);
     void zero_family(Device& device, Family family);
 
-    int64_t family_bytes(Family family) const;
-    int64_t total_bytes() const;
     const std::vector<TensorEntry>& entries() const { return entries_; }
     const std::map<Family, int64_t>& families() const { return sizes_; }
 

@@ -67,12 +67,18 @@ TEST_CASE("config: bad values name key, value and what was expected", "[config]"
     CHECK(contains(message_for_json(R"({"optimizer": {"lr": -1}})"), "optimizer.lr"));
     CHECK(contains(message_for_json(R"({"train": {"batch": 10, "micro_batch": 3}})"), "does not divide"));
     CHECK(contains(message_for_json(R"({"model": {"hidden": 100, "heads": 3}})"), "does not divide"));
+    CHECK(contains(message_for_json(R"({"model": {"hidden": 12, "heads": 2}})"), "model.hidden: 12 is not a multiple of 8"));
+    CHECK(contains(message_for_json(R"({"model": {"hidden": 32, "heads": 8, "kv_heads": 1}, "method": {"rank": 4}})"), "model.kv_heads: 1 heads of 4"));
+    CHECK(contains(message_for_json(R"({"train": {"steps": "auto"}})"), "train.steps: got \"auto\", expected a whole number"));
+    CHECK(contains(message_for_json(R"({"run": {"device": "tpu"}})"), "run.device: got \"tpu\""));
     CHECK(contains(message_for_json(R"({"train": )"), "not valid JSON"));
+    CHECK(contains(message_for_json(R"({"optimizer": {"lr": 1e999}})"), "double precision"));
     CHECK(contains(message_of([] { parse_bytes("24 apples"); }), "24 apples"));
     CHECK(parse_bytes("24GiB") == int64_t(24) << 30);
     CHECK(parse_bytes("1.5MB") == 1500000);
     Config c;
     CHECK(contains(message_of([&] { apply_override(c, {"lr", "fast"}); }), "optimizer.lr: got \"fast\""));
+    CHECK(contains(message_of([&] { apply_override(c, {"rank", "auto"}); }), "method.rank: got \"auto\""));
 }
 
 TEST_CASE("config: what is written reads back the same, and overrides win", "[config]") {

@@ -51,23 +51,6 @@ void check_maps(Device& device) {
             }
 }
 
-void check_transpose(Device& device) {
-    auto seed = fresh_seed();
-    INFO("seed " << seed);
-    std::mt19937_64 rng(seed);
-    for (const Shape& s : kShapes)
-        for (DType type : kTypes) {
-            INFO(s.rows << " × " << s.cols << " " << safetensors_name(type));
-            auto x = as_type(type, random_normal(rng, s.rows * s.cols)), expected = x;
-            for (int64_t r = 0; r < s.rows; ++r)
-                for (int64_t c = 0; c < s.cols; ++c) expected[c * s.rows + r] = x[r * s.cols + c];
-            OnDevice src(device, type, s.rows, s.cols, x, s.cols + s.src_pad), dst(device, type, s.cols, s.rows, s.rows + s.dst_pad);
-            transpose(device, dst, src);
-            CHECK(dst.read() == expected);
-            CHECK(padding_untouched(dst));
-        }
-}
-
 void check_sums(Device& device) {
     auto seed = fresh_seed();
     INFO("seed " << seed);
@@ -114,10 +97,8 @@ void check_sums(Device& device) {
 }  // namespace
 
 TEST_CASE("convert, axpby and square", "[elementwise]") { check_maps(*test_device("cpu")); }
-TEST_CASE("transpose", "[elementwise]") { check_transpose(*test_device("cpu")); }
 TEST_CASE("sum and sum of squares", "[elementwise]") { check_sums(*test_device("cpu")); }
 TEST_CASE("convert, axpby and square on the GPU", "[elementwise][gpu]") { check_maps(*test_device("cuda")); }
-TEST_CASE("transpose on the GPU", "[elementwise][gpu]") { check_transpose(*test_device("cuda")); }
 TEST_CASE("sum and sum of squares on the GPU", "[elementwise][gpu]") { check_sums(*test_device("cuda")); }
 
 TEST_CASE("sums do not depend on the thread count", "[elementwise]") {

@@ -158,6 +158,36 @@ void check_projected_moments(Device& device, const std::string& directory, doubl
         }
 }
 
+// keep: the same bits and Adam's t as before the merge; reset: zeros, and t starts over.
+void check_kept_and_reset_moments(Device& device, const std::string& directory) {
+    for (const char* policy : {"keep", "reset"}) {
+        Config c = fixture_config(directory, "loqt");
+        c.method.moments_at_merge = policy;
+        bool reset = c.method.moments_at_merge == "reset";
+        ReferenceModel reference(directory, c.model.vocab);
+        SmallModel m(device, c, huggingface_weights(c, directory));
+        warm_up(m, reference.batch, huggingface_weights(c, directory), 3);
+        m.pass(reference.batch, merging(5));
+        std::map<std::string, std::vector<float>> before;
+        for (LinearGroup* group : m.model.groups())
+            for (Linear& l : group->linears())
+                for (const Tensor& t : {l.b.moments.m, l.b.moments.v}) {
+                    std::vector<float> values = m.read(t);
+                    CHECK(std::any_of(values.begin(), values.end(), [](float x) { return x != 0.0f; }));
+                    before[l.name].insert(before[l.name].end(), values.begin(), values.end());
+                }
+        m.model.merge(5, nullptr);
+        for (LinearGroup* group : m.model.groups())
+            for (Linear& l : group->linears()) {
+                INFO(policy << " " << l.name);
+                std::vector<float> after = m.read(l.b.moments.m), second = m.read(l.b.moments.v);
+                after.insert(after.end(), second.begin(), second.end());
+                CHECK(after == (reset ? std::vector<float>(after.size(), 0.0f) : before[l.name]));
+                CHECK(l.b.updates == (reset ? 0 : 3));
+            }
+    }
+}
+
 // Micro-batches of one row sum to the gradient of the whole batch.
 void check_accumulation(Device& device, const std::string& directory, double limit) {
     for (const char* method : {"full", "loqt"}) {
@@ -261,6 +291,8 @@ TEST_CASE("loqt on the GPU: moments projected into the new basis", "[loqt][gpu]"
     auto device = test_device("cuda");
     check_projected_moments(*device, kGpu, 2e-2);
 }
+TEST_CASE("loqt: moments kept or reset at a merge", "[loqt]") { check_kept_and_reset_moments(*test_device("cpu"), kTiny); }
+TEST_CASE("loqt on the GPU: moments kept or reset at a merge", "[loqt][gpu]") { check_kept_and_reset_moments(*test_device("cuda"), kGpu); }
 TEST_CASE("llama: micro-batches add up to the batch", "[llama]") {
     auto device = test_device("cpu");
     check_accumulation(*device, kTiny, 2e-4);
@@ -280,4 +312,23 @@ TEST_CASE("llama on the GPU: same inputs, same bits", "[llama][gpu]") {
 TEST_CASE("loqt: padding stays zero", "[loqt]") {
     auto device = test_device("cpu");
     check_padding(*device, kTiny);
+}
+TEST_CASE("export: a dry run counts the scratch of merging an adapter", "[loqt]") {
+    Config c;
+    c.model.vocab = 64, c.model.hidden = 512, c.model.intermediate = 1376, c.model.layers = 1;  // a vocabulary that does not hide it
+    c.method.rank = 512;
+    c.train.batch = c.train.micro_batch = 1, c.train.seq_len = 16;
+    auto device = Device::open_dry(DeviceKind::cuda);
+    Llama model(c, *device, false, false);
+    model.allocate();
+    std::vector<float> unused;
+    for (auto& t : model.exported_tensors()) t.read(unused);
+    CHECK(device->scratch_high_water() >= 4 * (1376 * 512 + 512 * 512 + 1376 * 512));  // W, P and B in fp32
+}
+TEST_CASE("llama: a head size without a GPU kernel is the user's mistake", "[llama]") {
+    Config c;
+    c.model.hidden = 96, c.model.heads = 3, c.train.micro_batch = 1;
+    auto cpu = Device::open_dry(DeviceKind::cpu), cuda = Device::open_dry(DeviceKind::cuda);
+    CHECK_NOTHROW(Llama(c, *cpu, true, false));
+    CHECK_THROWS_AS(Llama(c, *cuda, true, false), UserError);
 }

@@ -115,6 +115,20 @@ class KillTest(ProgramTest):
                 self.assertIn("micro_batch", resumed[0]["changed"])
                 self.assertEqual(json.loads(read_text(name, "config.json"))["train"]["micro_batch"], micro_batch)  # for the next resume
 
+    def test_resume_with_other_data_says_so(self):
+        name = self.train()
+        result = self.succeed("--resume", "--run.dir", name, "--steps", 14, "--data.train", "shards/text_val_000000.bin")
+        self.assertIn("other data than the checkpoint saw", result.stderr)
+        self.assertEqual(self.succeed("--resume", "--run.dir", name, "--steps", 16).stderr, "")
+
+    def test_a_reader_of_the_output_may_leave(self):
+        name = self.name()
+        process = start(*new_run(name))
+        process.stdout.close()
+        self.assertEqual((process.wait(60), process.stderr.read()), (0, ""))
+        process.stderr.close()
+        self.assertEqual(max(series(name)), 12)
+
     def test_a_finished_run_has_nothing_to_resume(self):
         name = self.train()
         before = series(name), checkpoints(name)

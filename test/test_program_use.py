@@ -192,6 +192,8 @@ class MetricsTest(ProgramTest):
             elif e["event"] == "merge":
                 self.assertTrue(0 < e["quant_error"] < e["quant_error_uncompensated"] < 0.12 and 0 < e["captured_energy"] <= 1.0001, e)
                 self.assertEqual((e["matrices"], e["failed"]), (14, 0))
+                if e["step"] == 0:  # from the true weights: their NF4 round trip would quantize with hardly an error
+                    self.assertGreater(e["quant_error_uncompensated"], 0.08)
             elif e["event"] == "checkpoint":
                 self.assertTrue(os.path.exists(path(e["path"])))
         # The schedule of the learning rate: linear warm-up over a tenth, cosine to a tenth.
@@ -250,10 +252,12 @@ class UseTest(ProgramTest):
                 exported = json.loads(read_text(target, "config.json"))
                 self.assertEqual((exported["hidden_size"], exported["num_key_value_heads"], exported["vocab_size"], exported["eos_token_id"]), (128, 1, 259, 1))
                 # Another shape in the file: that of the model counts.
-                again = self.train("--method.name", "full", "--init_from", target, "--steps", 1, "--hidden", 64, "--layers", 1)
+                again = self.train("--method.name", "full", "--init-from", target, "--steps", 1, "--hidden", 64, "--layers", 1)
                 final, begin = float(series(run, "eval")[12]), float(series(again, "eval")[0])
                 self.assertAlmostEqual(begin, final, delta=(1e-5 if DEVICE == "cpu" else 2e-3) * final)
                 self.assertLess(final, 4)
+                shutil.rmtree(path(target))  # the first merge is done: nothing of the imported model is needed any more
+                self.succeed("--resume", "--run.dir", again, "--steps", 2)
 
     def test_export_in_bf16(self):
         run, target = self.train("--steps", 4), self.name()
