@@ -5,8 +5,9 @@
 # make help        this text
 #
 # Settings: GPU_ARCHS="86 89" (default: this machine's GPU, else 80 86 89 90), CXX, NVCC, MARCH=native, OPENBLAS_DIR=/opt/openblas,
-# CUDA=0 (as make cpu).
+# CUDA=0 (as make cpu), V=1 (show the commands).
 
+Q        := $(if $(V),,@)
 CXX      ?= g++
 NVCC     ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 MARCH    ?= native
@@ -59,27 +60,29 @@ cpu:
 	@$(MAKE) --no-print-directory CUDA=0 all
 
 $(BUILD)/train_loqt: $(BUILD)/train_loqt.o $(CORE_OBJ)
-	$(CXX) $(HOST) -o $@ $^ $(CUDA_LIBS) $(LIBS)
+	@echo "link $@"
+	$(Q)$(CXX) $(HOST) -o $@ $^ $(CUDA_LIBS) $(LIBS)
 
 $(BUILD)/tests: $(TEST_OBJ) $(CORE_OBJ)
-	$(CXX) $(HOST) -o $@ $^ $(CATCH_LIBS) $(CUDA_LIBS) $(LIBS)
+	@echo "link $@"
+	$(Q)$(CXX) $(HOST) -o $@ $^ $(CATCH_LIBS) $(CUDA_LIBS) $(LIBS)
 
 $(BUILD)/test/%.o: test/%.cpp | check-libraries
-	@mkdir -p $(@D)
-	$(CXX) $(COMMON) $(WARN) -O1 $(HOST) $(DEFINES) $(CXXFLAGS) -c $< -o $@
+	@mkdir -p $(@D); echo "compile $<"
+	$(Q)$(CXX) $(COMMON) $(WARN) -O1 $(HOST) $(DEFINES) $(CXXFLAGS) -c $< -o $@
 
 $(BUILD)/%.o: %.cpp | check-libraries
-	@mkdir -p $(@D)
-	$(CXX) $(COMMON) $(WARN) $(HOST) $(DEFINES) $(CXXFLAGS) -c $< -o $@
+	@mkdir -p $(@D); echo "compile $<"
+	$(Q)$(CXX) $(COMMON) $(WARN) $(HOST) $(DEFINES) $(CXXFLAGS) -c $< -o $@
 
 ifneq ($(NVCC),)
 $(BUILD)/%.cu.o: %.cu | check-libraries
-	@mkdir -p $(@D)
-	$(NVCC) $(COMMON) $(GENCODE) $(DEFINES) -ccbin $(CXX) $(foreach f,$(WARN) $(HOST),-Xcompiler $(f)) -c $< -o $@
+	@mkdir -p $(@D); echo "compile $<"
+	$(Q)$(NVCC) $(COMMON) $(GENCODE) $(DEFINES) -ccbin $(CXX) $(foreach f,$(WARN) $(HOST),-Xcompiler $(f)) -c $< -o $@
 else
 $(BUILD)/%.cu.o: %.cu | check-libraries
-	@mkdir -p $(@D)
-	$(CXX) $(COMMON) $(WARN) $(HOST) $(CXXFLAGS) -x c++ -c $< -o $@
+	@mkdir -p $(@D); echo "compile $<"
+	$(Q)$(CXX) $(COMMON) $(WARN) $(HOST) $(CXXFLAGS) -x c++ -c $< -o $@
 endif
 
 check-libraries:

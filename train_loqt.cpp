@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <csignal>
 #include <cstdio>
+#include <ctime>
 #include <filesystem>
+#include <unistd.h>
 
 #include "flops.h"
 #include "plan.h"
@@ -30,12 +32,12 @@ void add_config_options(CLI::App& app, std::vector<std::pair<std::string, std::s
     visit_config(defaults, [&](const std::string& path, auto&, const char*, const char*) { values.push_back({path, ""}); });
     size_t i = 0;
     visit_config(defaults, [&](const std::string& path, auto&, const std::string& help, const std::string& choices) {
-        std::string names = "--" + path, section = path.substr(0, path.find('.')), last = path.substr(path.find('.') + 1);
+        std::string names = "--" + path, section = path.substr(0, path.find('.')), last = short_name(path);
         try {
             if (resolve_key(last) == path) names += ",--" + last;
         } catch (const UserError&) {  // ambiguous: the full name only
         }
-        app.add_option(names, values[i++].second, help + (choices.empty() ? "" : " (" + choices + ")"))->group(section)->type_name("VALUE");
+        app.add_option(names, values[i++].second, help + (choices.empty() ? "" : " (" + choices + ")") + " [" + default_text(path) + "]")->group(section)->type_name("VALUE");
     });
 }
 
@@ -74,12 +76,12 @@ Arguments parse(int argc, char** argv) {
     app.add_flag("--resume", a.resume, "continue the run in --run.dir from its newest valid checkpoint");
     app.add_flag("--plan", a.plan, "print the memory plan and exit; needs no GPU");
     auto* sample = app.add_option("--sample", a.sampling.prompt, "generate text after this prompt from the run's newest checkpoint");
-    app.add_option("--sample-tokens", a.sampling.tokens, "tokens to generate");
-    app.add_option("--temperature", a.sampling.temperature, "sampling temperature; 0 = the likeliest token");
-    app.add_option("--top-k", a.sampling.top_k, "sample from the k likeliest tokens; 0 = all");
-    app.add_option("--sample-seed", a.sampling.seed, "seed of the sample");
+    app.add_option("--sample-tokens", a.sampling.tokens, "tokens to generate [128]");
+    app.add_option("--temperature", a.sampling.temperature, "sampling temperature; 0 = the likeliest token [0.8]");
+    app.add_option("--top-k", a.sampling.top_k, "sample from the k likeliest tokens; 0 = all [50]");
+    app.add_option("--sample-seed", a.sampling.seed, "seed of the sample [0]");
     app.add_option("--export", a.export_dir, "write the run's newest checkpoint as a plain Hugging Face LLaMA to this directory");
-    app.add_option("--export-dtype", a.export_dtype, "bf16 or f32")->check(CLI::IsMember({"bf16", "f32"}));
+    app.add_option("--export-dtype", a.export_dtype, "bf16 or f32 [bf16]")->check(CLI::IsMember({"bf16", "f32"}));
     std::vector<std::pair<std::string, std::string>> values;
     values.reserve(100);  // the options hold references
     add_config_options(app, values);
@@ -100,9 +102,20 @@ Arguments parse(int argc, char** argv) {
         throw UserError("unexpected argument \"" + extra + "\"; see --help");
     }
     a.sample = sample->count() > 0;
+    if (!(a.sampling.temperature >= 0)) throw UserError(format("--temperature: got %g, must not be negative", a.sampling.temperature));
+    if (a.sampling.top_k < 0 || a.sampling.tokens < 0) throw UserError("--top-k and --sample-tokens: must not be negative");
     for (auto& [key, value] : values)
         if (app.count("--" + key)) a.overrides.push_back({key, value});
     return a;
+}
+
+// A run is resumed with its own config.json; says where the file named beside --resume differs, leaving out what a run resolves itself.
+void note_ignored_file(const std::string& name, Config file, const Config& stored) {
+    file.run.dir = stored.run.dir, file.train.micro_batch = stored.train.micro_batch;
+    file.train.effective_weights = stored.train.effective_weights, file.model.kv_heads = stored.model.kv_heads;
+    std::string list;
+    for (const std::string& difference : config_differences(file, stored)) list += (list.empty() ? "" : ", ") + difference;
+    if (!list.empty()) std::fprintf(stderr, "resuming with the run's own config.json, which differs from %s: %s\n", name.c_str(), list.c_str());
 }
 
 // The run's own config.json on --resume, --sample and --export; else the given file. Command-line values go on top.
@@ -117,23 +130,35 @@ Config configure(const Arguments& a, bool existing_run, std::vector<std::string>
     for (const Override& o : a.overrides) apply_override(given, o);
     if (!existing_run) {
         if (a.config_file.empty()) throw UserError("no --config given; try --config tiny, or --help");
-        if (!given.run.init_from.empty()) adopt_huggingface_shape(given, given.run.init_from);
+        if (!given.run.init_from.empty()) {
+            // The model's shape replaces the config file's, but not what was asked for in so many words.
+            Config adopted = given;
+            adopt_huggingface_shape(adopted, given.run.init_from);
+            for (const Override& o : a.overrides) {
+                Config asked = adopted;
+                apply_override(asked, o);
+                if (o.key.rfind("model.", 0) == 0 && !config_differences(adopted, asked).empty())
+                    throw UserError("--" + o.key + " " + o.value + " contradicts " + given.run.init_from + " (" + config_differences(adopted, asked)[0] + "); leave it out");
+            }
+            given = adopted;
+        }
         validate_config(given);
         return given;
     }
     if (given.run.dir.empty()) throw UserError("which run? give --run.dir, or the --config it was started with");
     std::string file = (fs::path(given.run.dir) / "config.json").string();
-    if (!fs::exists(file)) throw UserError(given.run.dir + " holds no run (no config.json); start one without --resume");
+    if (!fs::exists(file)) throw UserError(given.run.dir + " holds no run (no config.json)" + (a.resume ? "; start one without --resume" : "; which run do you mean?"));
     Config stored;
     read_config_file(stored, file);
     Config resumed = stored;
     for (const Override& o : a.overrides) apply_override(resumed, o);
     resumed.run.dir = given.run.dir;
-    validate_config(resumed);
-    changes = config_differences(stored, resumed);
-    for (const std::string& change : changes)
+    for (const std::string& change : config_differences(stored, resumed))
         if (fixed_for_resume(change.substr(0, change.find(':'))))
             throw UserError("--resume cannot change " + change + "; the checkpoint was made with the first value");
+    validate_config(resumed);
+    changes = config_differences(stored, resumed);
+    if (a.resume && !a.config_file.empty()) note_ignored_file(a.config_file, config, stored);
     return resumed;
 }
 
@@ -172,7 +197,15 @@ void sample_text(const Arguments& a, Config& config, Device& device) {
     std::printf("%s\n", generate(*model, Tokenizer(*manifest, a.program_dir), a.sampling).c_str());
 }
 
-void request_stop(int) { stop_requested = true; }
+// SIGINT, SIGTERM: finish the step, save, leave. A second Ctrl-C, a second or more after the first, ends the program at once; repeated
+// SIGTERMs (and the pair of signals that some launchers send) do not cost the checkpoint.
+void request_stop(int signal) {
+    static volatile std::time_t first = 0;
+    std::time_t now = std::time(nullptr);
+    if (stop_requested && signal == SIGINT && now - first >= 2) _exit(130);
+    if (!stop_requested) first = now;
+    stop_requested = true;
+}
 
 void train(const Arguments& a, Config& config, Device& device, const std::vector<std::string>& changes) {
     if (!a.resume && fs::exists(fs::path(config.run.dir) / "config.json"))
@@ -182,7 +215,7 @@ void train(const Arguments& a, Config& config, Device& device, const std::vector
     // From here on Ctrl-C means: finish the step, save, leave. A second one ends the program at once.
     struct sigaction action {};
     action.sa_handler = request_stop;
-    action.sa_flags = int(SA_RESETHAND);
+    action.sa_flags = SA_RESTART;
     sigaction(SIGINT, &action, nullptr);
     sigaction(SIGTERM, &action, nullptr);
     trainer.run();
@@ -196,8 +229,14 @@ int run(int argc, char** argv) {
     if (a.plan) {
         bool cuda = config.run.device != "cpu" && (config.run.device != "auto" || Device::cuda_usable() || !config.run.memory_budget.empty());
         DeviceKind kind = cuda ? DeviceKind::cuda : DeviceKind::cpu;
-        int64_t budget = memory_budget(config, nullptr);
-        if (config.train.micro_batch == 0 && budget == 0) budget = int64_t(24) << 30;  // the card this program is made for
+        // Within what the run itself would find free; for a GPU that is not here, 24 GiB: the card this program is made for.
+        std::unique_ptr<Device> device;
+        if (kind == DeviceKind::cpu) device = Device::open("cpu");
+        else if (Device::cuda_usable()) device = Device::open(config.run.device == "auto" ? "cuda" : config.run.device);
+        int64_t budget = memory_budget(config, device.get());
+        if (budget == 0) budget = int64_t(24) << 30;
+        // A micro-batch that was asked for is planned whether it fits here or not.
+        if (config.train.micro_batch != 0 && config.run.memory_budget.empty()) budget = 0;
         MemoryPlan plan = choose_plan(config, kind, budget);
         std::printf("%s", describe_plan(config, plan, kind, budget).c_str());
         return 0;

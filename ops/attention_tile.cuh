@@ -30,8 +30,8 @@ template <int D> __device__ __forceinline__ int swizzled(int row, int chunk) { r
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// Asynchronous copy of 16 (4) bytes into shared memory, or zeros if !inside. src is then not read, but must be a valid address all
-// the same: compute-sanitizer's race check looks at it.
+// Asynchronous copy of 16 (4) bytes into shared memory, or zeros if !inside: src is then not read (callers still pass an
+// address inside the tensor).
 __device__ __forceinline__ void copy16_async(void* dst, const void* src, bool inside) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(dst)), "l"(src), "r"(inside ? 16 : 0) : "memory");
 }

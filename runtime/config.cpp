@@ -48,20 +48,19 @@ std::vector<std::string> all_keys() {
 
 std::string last_part(const std::string& key) { return key.substr(key.rfind('.') + 1); }
 
-std::string nearest_key(const std::string& name, const std::vector<std::string>& others = {}) {
-    std::string best;
-    size_t best_distance = size_t(-1);
-    for (const std::string& key : all_keys())
-        for (const std::string& form : {key, last_part(key)}) {
-            size_t distance = edit_distance(name, form);
-            if (distance < best_distance) best_distance = distance, best = key;
-        }
-    for (const std::string& other : others) {
-        size_t distance = edit_distance(name, other);
-        if (distance < best_distance) best_distance = distance, best = other;
-    }
+// The candidate with the least edit distance to name, and that distance.
+std::pair<std::string, size_t> nearest_of(const std::string& name, const std::vector<std::string>& others) {
+    std::pair<std::string, size_t> best{"", size_t(-1)};
+    auto consider = [&](const std::string& form, const std::string& meaning) {
+        size_t distance = edit_distance(name, form);
+        if (distance < best.second) best = {meaning, distance};
+    };
+    for (const std::string& key : all_keys()) consider(key, key), consider(last_part(key), key);
+    for (const std::string& other : others) consider(other, other);
     return best;
 }
+
+std::string nearest_key(const std::string& name) { return nearest_of(name, {}).first; }
 
 [[noreturn]] void bad_value(const std::string& key, const std::string& value, const std::string& wanted) {
     throw UserError(key + ": got " + value + ", expected " + wanted);
@@ -138,8 +137,9 @@ int64_t parse_bytes(const std::string& text) {
     char* end = nullptr;
     double value = std::strtod(text.c_str(), &end);
     std::string unit = end;
-    double factor = unit.empty() || unit == "B" ? 1 : unit == "KiB" ? 1024.0 : unit == "MiB" ? 1048576.0 : unit == "GiB" ? 1073741824.0
+    double factor = unit == "B" ? 1 : unit == "KiB" ? 1024.0 : unit == "MiB" ? 1048576.0 : unit == "GiB" ? 1073741824.0
                   : unit == "kB" ? 1e3 : unit == "MB" ? 1e6 : unit == "GB" ? 1e9 : 0;
+    if (end != text.c_str() && unit.empty()) throw UserError("\"" + text + "\" has no unit; write " + text + "GiB or " + text + "MiB");
     if (end == text.c_str() || factor == 0 || !(value > 0) || value * factor > 9e18)
         throw UserError("\"" + text + "\" is not an amount of memory; write it like 24GiB or 512MiB");
     return int64_t(value * factor);
@@ -188,14 +188,25 @@ void read_config_file(Config& config, const std::string& path) {
     }
 }
 
+std::string short_name(const std::string& key) { return key == "method.name" ? "method" : last_part(key); }
+
+std::string default_text(const std::string& key) {
+    size_t dot = key.find('.');
+    return json::parse(config_to_json(Config()))[key.substr(0, dot)][key.substr(dot + 1)].dump();
+}
+
 std::string resolve_key(const std::string& name, const std::vector<std::string>& other_options) {
     std::vector<std::string> candidates;
     for (const std::string& key : all_keys()) {
         if (key == name) return key;
-        if (last_part(key) == name) candidates.push_back(key);
+        if (short_name(key) == name) candidates.push_back(key);
     }
     if (candidates.size() == 1) return candidates[0];
-    if (candidates.empty()) throw UserError("unknown option --" + name + "; did you mean --" + nearest_key(name, other_options) + "?");
+    if (candidates.empty()) {
+        auto [nearest, distance] = nearest_of(name, other_options);
+        bool near = distance <= std::max<size_t>(2, name.size() / 3);
+        throw UserError("unknown option --" + name + (near ? "; did you mean --" + nearest + "?" : "; see --help"));
+    }
     std::string list;
     for (auto& c : candidates) list += " --" + c;
     throw UserError("--" + name + " is ambiguous:" + list);

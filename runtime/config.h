@@ -143,7 +143,7 @@ struct Override {
     std::string key, value;
 };
 
-// "24GiB", "512MiB", "1e9", "17" → bytes. Throws UserError.
+// "24GiB", "512MiB", "1.5GB" → bytes; a unit is required. Throws UserError.
 int64_t parse_bytes(const std::string& text);
 
 // Finds a config file: as given, else in configs/ beside the binary (with or without .json). Throws UserError listing the presets.
@@ -152,6 +152,11 @@ std::string find_config_file(const std::string& name, const std::string& binary_
 // Reads a JSON config over the defaults. Unknown keys, wrong types and values outside the choices are UserErrors that name the key,
 // the value and the nearest known key.
 void read_config_file(Config& config, const std::string& path);
+
+// The key's short option name: its last part ("optimizer.lr" → "lr"), "method" for method.name.
+std::string short_name(const std::string& key);
+// The key's default as JSON text.
+std::string default_text(const std::string& key);
 
 // Full key for a command-line name ("lr" → "optimizer.lr"); throws UserError with the nearest key, or the nearest of other_options, if unknown,
 // or the candidates if ambiguous.

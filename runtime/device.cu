@@ -58,13 +58,16 @@ bool Device::cuda_usable(std::string* why_not) {
     int count = 0;
     cudaError_t status = cudaGetDeviceCount(&count);
     if (status != cudaSuccess || count == 0) {
-        if (why_not) *why_not = status == cudaSuccess ? "no CUDA device is visible" : cudaGetErrorString(status);
+        if (why_not)
+            *why_not = status == cudaSuccess ? "no CUDA device is visible"
+                     : status == cudaErrorInsufficientDriver ? "no NVIDIA driver, or one older than this program's CUDA runtime"
+                                                             : cudaGetErrorString(status);
         cudaGetLastError();
         return false;
     }
     return true;
 #else
-    if (why_not) *why_not = "this binary was built without CUDA (nvcc was not found)";
+    if (why_not) *why_not = "this binary was built without CUDA; install the CUDA Toolkit and run make again";
     return false;
 #endif
 }
@@ -76,7 +79,7 @@ std::unique_ptr<Device> Device::open(const std::string& which) {
         throw UserError("--device " + which + ": expected auto, cpu, cuda or cuda:N");
     bool usable = which == "cpu" ? false : cuda_usable(&why_not);
     if (wants_cuda && !usable)
-        throw UserError("--device " + which + ": no usable GPU: " + why_not + "; use --device cpu, or check the driver with nvidia-smi");
+        throw UserError("--device " + which + ": no usable GPU: " + why_not + "; or use --device cpu");
 
     std::unique_ptr<Device> device(new Device);
 #ifdef WITH_CUDA

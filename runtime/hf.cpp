@@ -240,7 +240,8 @@ void export_huggingface(const std::string& directory, const LlamaShape& shape, c
             write_text("tokenizer.json", tokenizer);
             write_text("tokenizer_config.json", tokenizer_config_json(shape, tokenizer));
         } else if (!tokenizer_file.empty()) {
-            write_text("tokenizer.model", tokenizer);
+            // Not as tokenizer.model: AutoTokenizer would take it for LLaMA's BPE and, for a unigram model such as t5's, give other ids.
+            write_text("sentencepiece.model", tokenizer);
         }
         write_text("generation_config.json", generation_config_json(shape));
         write_text("config.json", config_json(shape, file_dtype));  // last: without it the directory is no model

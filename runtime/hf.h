@@ -31,7 +31,7 @@ struct HfTensor {
 
 // Writes a directory that LlamaForCausalLM.from_pretrained loads: config.json, generation_config.json, model.safetensors (split
 // into shards of at most shard_bytes, with an index, if larger), one tensor in memory at a time. tensors must be exactly
-// llama_weights(shape), in any order; file_dtype f32 or bf16 (round to nearest even). tokenizer_file (may be empty) is copied as tokenizer.model or tokenizer.json.
+// llama_weights(shape), in any order; file_dtype f32 or bf16 (round to nearest even). tokenizer_file (may be empty) is copied as sentencepiece.model or tokenizer.json.
 // The directory must be absent or empty: UserError otherwise. On failure what was written is removed again.
 void export_huggingface(const std::string& directory, const LlamaShape& shape, const std::vector<HfTensor>& tensors, DType file_dtype,
                         const std::string& tokenizer_file, int64_t shard_bytes = 5000000000);

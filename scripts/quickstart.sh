@@ -39,6 +39,11 @@ else
     ./train_loqt --config tiny --run.dir $run --data.train $shards --data.val $shards
 fi
 
+if ! grep -qs '"finished": true' $run/metrics.jsonl; then
+    echo "stopped before the end; make quickstart goes on from here"
+    exit 0
+fi
+
 say "what it learned"
 python3 scripts/summary.py $run
 printf '\nsample, prompt "In the beginning":\n'

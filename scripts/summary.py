@@ -35,9 +35,10 @@ def main():
     merges, steps = events.get("merge", []), events.get("train", [])
     evals = [e for e in events.get("eval", []) if e["loss"] is not None]  # null: it was not finite
     for e in evals:
-        print(f"  step {e['step']:>6}  validation loss {e['loss']:.4f}  perplexity {e['perplexity']:>8.2f}  {bar(e['loss'], 0, evals[0]['loss'])}")
-    if evals:
-        print(f"validation loss fell by {evals[0]['loss'] - evals[-1]['loss']:.2f} nats")
+        print(f"  step {e['step']:>6}  validation loss {e['loss']:.4f}  perplexity {e['perplexity'] or float('inf'):>8.2f}  {bar(e['loss'], 0, evals[0]['loss'])}")
+    if len(evals) > 1:
+        change = evals[0]["loss"] - evals[-1]["loss"]
+        print(f"validation loss {'fell' if change >= 0 else 'ROSE'} by {abs(change):.2f} nats")
     if merges:
         error = ""
         if merges[-1]["quant_error_uncompensated"]:  # 0: the method does not quantize

@@ -55,6 +55,8 @@ TEST_CASE("config: unknown keys name the nearest one", "[config]") {
     CHECK(contains(message_of([] { resolve_key("warmup_ration"); }), "--optimizer.warmup_ratio"));
     CHECK(contains(message_of([] { resolve_key("every"); }), "ambiguous: --eval.every --checkpoint.every"));
     CHECK(resolve_key("rank") == "method.rank");
+    CHECK(resolve_key("method") == "method.name");
+    CHECK(contains(message_of([] { resolve_key("frobnicate"); }), "see --help"));
 }
 
 TEST_CASE("config: bad values name key, value and what was expected", "[config]") {
@@ -74,6 +76,7 @@ TEST_CASE("config: bad values name key, value and what was expected", "[config]"
     CHECK(contains(message_for_json(R"({"train": )"), "not valid JSON"));
     CHECK(contains(message_for_json(R"({"optimizer": {"lr": 1e999}})"), "double precision"));
     CHECK(contains(message_of([] { parse_bytes("24 apples"); }), "24 apples"));
+    CHECK(contains(message_of([] { parse_bytes("24"); }), "no unit; write 24GiB"));
     CHECK(parse_bytes("24GiB") == int64_t(24) << 30);
     CHECK(parse_bytes("1.5MB") == 1500000);
     Config c;

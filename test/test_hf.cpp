@@ -137,7 +137,7 @@ TEST_CASE("hf: the tokenizer goes along", "[hf]") {
     put_file(dir / "spiece.model", "model bytes");
     put_file(dir / "t.json", "{\"added_tokens\":[{\"id\":2,\"content\":\"</s>\"},{\"id\":3,\"content\":\"x\"}]}");
     export_huggingface(dir / "a", shape, to_export(shape, weights), DType::f32, dir / "spiece.model");
-    CHECK(file_bytes(dir / "a/tokenizer.model") == "model bytes");
+    CHECK(file_bytes(dir / "a/sentencepiece.model") == "model bytes");
     export_huggingface(dir / "b", shape, to_export(shape, weights), DType::f32, dir / "t.json");
     CHECK(file_bytes(dir / "b/tokenizer.json") == file_bytes(dir / "t.json"));
     CHECK(has(file_bytes(dir / "b/tokenizer_config.json"), "\"eos_token\": \"</s>\""));

@@ -100,6 +100,19 @@ class KillTest(ProgramTest):
         self.succeed("--resume", "--run.dir", name)
         self.assert_same_run(name, reference)
 
+    def test_repeated_signals_still_save(self):
+        for which in (signal.SIGTERM, signal.SIGINT):  # launchers send pairs; fingers stutter
+            name = self.name()
+            process = start(*new_run(name, "--steps", 150, "--eval.every", 0, "--checkpoint.every", 0))
+            while process.poll() is None and not (os.path.exists(path(name, "metrics.jsonl")) and len(series(name)) > 2):
+                time.sleep(0.001)
+            for _ in range(3):
+                process.send_signal(which)
+                time.sleep(0.02)
+            output, errors = process.communicate(timeout=60)
+            self.assertEqual((process.returncode, errors), (0, ""))
+            self.assertTrue(os.path.exists(checkpoint(name, metrics(name)[-1]["step"])))
+
     def test_resume_with_another_micro_batch(self):
         tolerance = 1e-5 if DEVICE == "cpu" else 5e-3  # sums in another order; bf16 on a GPU
         for method in ("loqt", "full"):

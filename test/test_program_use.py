@@ -251,8 +251,8 @@ class UseTest(ProgramTest):
                 self.mistake(("--run.dir", run, "--export", target), target, "not empty", before=("checkpoint ",))
                 exported = json.loads(read_text(target, "config.json"))
                 self.assertEqual((exported["hidden_size"], exported["num_key_value_heads"], exported["vocab_size"], exported["eos_token_id"]), (128, 1, 259, 1))
-                # Another shape in the file: that of the model counts.
-                again = self.train("--method.name", "full", "--init-from", target, "--steps", 1, "--hidden", 64, "--layers", 1)
+                self.mistake(new_run(self.name(), "--init-from", target, "--layers", 1), "--model.layers 1 contradicts", target)
+                again = self.train("--method.name", "full", "--init-from", target, "--steps", 1)
                 final, begin = float(series(run, "eval")[12]), float(series(again, "eval")[0])
                 self.assertAlmostEqual(begin, final, delta=(1e-5 if DEVICE == "cpu" else 2e-3) * final)
                 self.assertLess(final, 4)
