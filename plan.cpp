@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <map>
 
 #include "flops.h"
 #include "llama.h"
@@ -48,6 +49,45 @@ MemoryPlan plan_memory(const Config& config, DeviceKind kind, bool cache_effecti
     return plan;
 }
 
+namespace {
+
+// Options that save memory, the least harmful first, each tried alone and then all together in turn; the first that fits.
+std::string what_would_fit(Config config, DeviceKind kind, int64_t budget) {
+    std::vector<Override> changes;
+    auto offer = [&](bool applies, const char* key, const std::string& value) {
+        if (applies) changes.push_back({key, value});
+    };
+    bool low_rank = config.low_rank();
+    if (config.train.micro_batch == 0) config.train.micro_batch = 1;
+    offer(config.train.micro_batch > 1, "train.micro_batch", "1");
+    offer(low_rank && config.train.effective_weights == "cached", "train.effective_weights", "rebuilt");
+    offer(low_rank && config.method.projection_gradient == "full", "method.projection_gradient", "last");
+    offer(kind == DeviceKind::cuda && config.train.gradients == "fp32", "train.gradients", "bf16");
+    offer(config.optimizer.moments == "fp32", "optimizer.moments", "int8");
+    for (int64_t rank = config.method.rank / 2; low_rank && rank >= 16; rank /= 2) offer(true, "method.rank", std::to_string(rank));
+    for (int64_t length = config.train.seq_len / 2; length >= 64; length /= 2) offer(true, "train.seq_len", std::to_string(length));
+
+    auto total = [&](const Config& c) { return plan_memory(c, kind, c.train.effective_weights == "cached").total; };
+    auto text = [](const Override& o) { return "--" + short_name(o.key) + " " + (o.key == "train.micro_batch" ? "auto" : o.value); };
+    for (const Override& change : changes) {
+        Config alone = config;
+        apply_override(alone, change);
+        if (total(alone) <= budget) return "it fits with " + text(change);
+    }
+    std::map<std::string, std::string> applied;
+    for (const Override& change : changes) {
+        apply_override(config, change);
+        applied[change.key] = text(change);
+        if (total(config) > budget) continue;
+        std::string list;
+        for (auto& entry : applied) list += " " + entry.second;
+        return "it fits with" + list;
+    }
+    return "no setting of rank, sequence length, moments or gradients makes it fit; choose a smaller model";
+}
+
+}  // namespace
+
 MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget) {
     const std::string& wish = config.train.effective_weights;
     auto fits = [&](const MemoryPlan& plan) { return budget == 0 || plan.total <= budget; };
@@ -75,14 +115,8 @@ MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget) {
         config.train.effective_weights = plan.cache_effective ? "cached" : "rebuilt";
         return plan;
     }
-    std::string remedy;
-    if (config.train.gradients == "fp32" && kind == DeviceKind::cuda) remedy += " --gradients bf16;";
-    if (config.optimizer.moments == "fp32") remedy += " --moments int8;";
-    if (config.method.projection_gradient == "full" && config.train.batch > 1 && config.low_rank()) remedy += " --projection_gradient last;";
-    if (wish == "cached" && config.low_rank()) remedy += " --effective_weights rebuilt;";
-    if (config.train.micro_batch > 1) remedy += " --micro_batch auto;";
-    throw UserError(format("does not fit: %s planned at a micro-batch of %lld sequences, %s allowed; try%s a shorter --seq_len or a smaller --rank",
-                           amount(smallest.total).c_str(), (long long)candidates.back(), amount(budget).c_str(), remedy.c_str()));
+    throw UserError(format("does not fit: %s planned at a micro-batch of %lld sequences, %s allowed; %s", amount(smallest.total).c_str(),
+                           (long long)candidates.back(), amount(budget).c_str(), what_would_fit(config, kind, budget).c_str()));
 }
 
 std::string describe_plan(const Config& config, const MemoryPlan& plan, DeviceKind kind, int64_t budget) {

@@ -1,0 +1,76 @@
+// The memory plan: its books against the tensor table's definition, and advice that is true.
+#include "plan.h"
+
+#include <sstream>
+
+#include "flops.h"
+#include "test/support.h"
+
+namespace {
+
+Config preset(const std::string& name) {
+    Config c;
+    read_config_file(c, "configs/" + name + ".json");
+    validate_config(c);
+    return c;
+}
+
+double gib_of(const MemoryPlan& plan, const std::string& line) {
+    for (auto& [name, bytes] : plan.lines)
+        if (name == line) return double(bytes) / double(int64_t(1) << 30);
+    return 0;
+}
+
+}  // namespace
+
+TEST_CASE("plan: weights and moments of the 7B preset agree with the sums in docs/algorithm", "[plan]") {
+    // lin, P, B and E of a LLaMA 7B at rank 1024; q = 0.515869 bytes per NF4 weight with double quantization.
+    const double lin = 6476005376.0, p = 939524096.0, b = 1619001344.0, e = 262410240.0, q = 0.515869, gib = double(int64_t(1) << 30);
+    Config c = preset("7b");
+    c.train.micro_batch = 1;
+    MemoryPlan plan = plan_memory(c, DeviceKind::cuda, false);
+    CHECK(gib_of(plan, "frozen weights") == Approx(q * (lin + p) / gib).epsilon(1e-3));
+    CHECK(gib_of(plan, "trained weights") == Approx(2 * (b + e) / gib).epsilon(1e-3));
+    CHECK(gib_of(plan, "gradients") == Approx(2 * (b + e) / gib).epsilon(1e-3));
+    CHECK(gib_of(plan, "optimizer moments") == Approx((2.03125 * b + 8 * e) / gib).epsilon(1e-3));
+    int64_t total = 0;
+    for (auto& line : plan.lines) total += line.second;
+    CHECK(total == plan.total);
+}
+
+TEST_CASE("plan: auto takes the largest micro-batch that fits", "[plan]") {
+    for (const char* name : {"60m", "350m", "1b"})
+        for (int64_t budget : {int64_t(16) << 30, int64_t(24) << 30, int64_t(80) << 30}) {
+            Config c = preset(name);
+            MemoryPlan plan = choose_plan(c, DeviceKind::cuda, budget);
+            INFO(name << " budget " << budget << " micro-batch " << c.train.micro_batch);
+            CHECK(plan.total <= budget);
+            CHECK(c.train.batch % c.train.micro_batch == 0);
+            Config larger = preset(name);
+            larger.train.micro_batch = 2 * c.train.micro_batch;
+            if (larger.train.micro_batch <= larger.train.batch) CHECK(plan_memory(larger, DeviceKind::cuda, false).total > budget);
+        }
+}
+
+TEST_CASE("plan: what it says would fit does fit", "[plan]") {
+    int advised = 0;
+    for (const char* name : {"60m", "130m", "1b", "7b", "13b"})
+        for (double gib : {0.9, 1.5, 4.0, 8.0, 24.0}) {
+            Config c = preset(name);
+            int64_t budget = int64_t(gib * double(int64_t(1) << 30));
+            try {
+                choose_plan(c, DeviceKind::cuda, budget);
+            } catch (const UserError& error) {
+                std::string message = error.what();
+                size_t at = message.find("it fits with ");
+                if (at == std::string::npos) continue;
+                std::istringstream words(message.substr(at + 13));
+                Config changed = preset(name);
+                for (std::string option, value; words >> option >> value;) apply_override(changed, {option.substr(2), value});
+                INFO(message);
+                CHECK_NOTHROW(choose_plan(changed, DeviceKind::cuda, budget));
+                ++advised;
+            }
+        }
+    CHECK(advised >= 4);
+}
