@@ -98,11 +98,20 @@ void LinearGroup::collect(std::vector<Parameter*>& parameters) {
     for (Linear& l : linears_) parameters.push_back(method_ == Method::full ? &l.dense : &l.b);
 }
 
+void LinearGroup::load_w(Device& device, Tensor w, const Linear& l) const {
+    if (method_ == Method::loqt) nf4_dequantize(device, w, l.w_q);
+    else convert(device, w, method_ == Method::full ? l.dense.value : l.w);
+}
+
+void LinearGroup::load_p(Device& device, Tensor p, const Linear& l, bool next) const {
+    if (method_ == Method::loqt) nf4_dequantize(device, p, next ? l.p_next_q : l.p_q);
+    else convert(device, p, next ? l.p_next : l.p);
+}
+
 Tensor LinearGroup::dequantized_p(Device& device, ScratchScope& scope, const Linear& l, DType dtype) const {
     if (method_ == Method::loqt_nq && dtype == l.p.dtype) return l.p;
     Tensor p = scope.tensor("P", dtype, l.rank, l.h());
-    if (method_ == Method::loqt) nf4_dequantize(device, p, l.p_q);
-    else convert(device, p, l.p);
+    load_p(device, p, l);
     return p;
 }
 
@@ -112,8 +121,7 @@ void LinearGroup::build_effective(Device& device, Tensor w_eff) {
         Tensor slab = w_eff.row_slice(l.row_begin, padded_width(l.out));
         if (padded_width(l.out) != l.out || padded_width(l.in) != l.in) device.zero(slab);
         Tensor logical{slab.data, slab.dtype, l.out, l.in, slab.ld};
-        if (method_ == Method::loqt) nf4_dequantize(device, logical, l.w_q);
-        else convert(device, logical, l.w);
+        load_w(device, logical, l);
         if (!l.projected && !device.dry()) continue;
         ScratchScope scope(device);
         Tensor p = dequantized_p(device, scope, l, slab.dtype);
@@ -169,9 +177,7 @@ void LinearGroup::backward_factors(Device& device, Tensor dy, Tensor x) {
         int64_t row = 0;
         for (const Linear& l : linears_) {
             if (l.right) continue;
-            Tensor slot = stacked.row_slice(row, l.rank);
-            if (method_ == Method::loqt) nf4_dequantize(device, slot, l.p_q);
-            else convert(device, slot, l.p);
+            load_p(device, stacked.row_slice(row, l.rank), l);
             row += l.rank;
         }
         matmul(device, u, 1.0f, x.col_slice(0, in_), Op::none, stacked, Op::transpose);
@@ -197,8 +203,7 @@ void LinearGroup::backward_factors(Device& device, Tensor dy, Tensor x) {
 void LinearGroup::read_effective(Device& device, const Linear& l, std::vector<float>& out) {
     ScratchScope scope(device);
     Tensor w = scope.tensor("exported weights", DType::f32, l.out, l.in);
-    if (method_ == Method::loqt) nf4_dequantize(device, w, l.w_q);
-    else convert(device, w, method_ == Method::full ? l.dense.value : l.w);
+    load_w(device, w, l);
     if (method_ != Method::full && (l.projected || device.dry())) {
         Tensor p = dequantized_p(device, scope, l, DType::f32);
         Tensor b = scope.tensor("B in fp32", DType::f32, l.n(), l.rank);

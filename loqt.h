@@ -97,6 +97,9 @@ class LinearGroup {
   private:
     Tensor effective_weight(Device& device, ScratchScope& scope);
     void build_effective(Device& device, Tensor w_eff);
+    // The stored W (without adapters) or P of a matrix, in the destination's dtype. next: the projection made in this merge step.
+    void load_w(Device& device, Tensor w, const Linear& linear) const;
+    void load_p(Device& device, Tensor p, const Linear& linear, bool next = false) const;
     Tensor dequantized_p(Device& device, ScratchScope& scope, const Linear& l, DType dtype) const;
     void backward_factors(Device& device, Tensor dy, Tensor x);
     void project_gradients(Device& device, Tensor dy, Tensor x, const ProjectionPass& pass);

@@ -63,19 +63,15 @@ void LinearGroup::reinitialize_one(Device& device, Linear& l, int64_t step, cons
         std::vector<float> host(l.out * l.in);
         (*source)(l.name, l.out, l.in, host.data());
         device.upload(w.data, host.data(), w.bytes());
-    } else if (method_ == Method::loqt) {
-        nf4_dequantize(device, w, l.w_q);
     } else {
-        convert(device, w, l.w);
+        load_w(device, w, l);
     }
     Tensor p_new = scope.tensor("new P", DType::f32, l.rank, l.h());
-    if (method_ == Method::loqt) nf4_dequantize(device, p_new, l.p_next_q);
-    else convert(device, p_new, l.p_next);
+    load_p(device, p_new, l, true);
     if (l.projected || device.dry()) {
         ScratchScope old_scope(device);
         Tensor p_old = old_scope.tensor("old P", DType::f32, l.rank, l.h());
-        if (method_ == Method::loqt) nf4_dequantize(device, p_old, l.p_q);
-        else convert(device, p_old, l.p);
+        load_p(device, p_old, l);
         Tensor b_old = old_scope.tensor("old B", DType::f32, l.n(), l.rank);
         convert(device, b_old, b);
         if (l.right) matmul(device, w, s, p_old, Op::transpose, b_old, Op::transpose, 1.0f);
