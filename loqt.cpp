@@ -83,11 +83,7 @@ void LinearGroup::initialize(Device& device, const WeightSource& source) {
     for (Linear& l : linears_) {
         ScratchScope scope(device);
         Tensor w = scope.tensor("initial weights", DType::f32, l.out, l.in);
-        if (!device.dry()) {
-            std::vector<float> host(l.out * l.in);
-            source(l.name, l.out, l.in, host.data());
-            device.upload(w.data, host.data(), w.bytes());
-        }
+        load_source(device, w, l, source);
         if (method_ == Method::loqt) nf4_quantize(device, l.w_q, w, nullptr);
         else convert(device, method_ == Method::full ? l.dense.value : l.w, w);
     }
@@ -96,6 +92,13 @@ void LinearGroup::initialize(Device& device, const WeightSource& source) {
 
 void LinearGroup::collect(std::vector<Parameter*>& parameters) {
     for (Linear& l : linears_) parameters.push_back(method_ == Method::full ? &l.dense : &l.b);
+}
+
+void LinearGroup::load_source(Device& device, Tensor w, const Linear& l, const WeightSource& source) const {
+    if (device.dry()) return;
+    std::vector<float> host(l.out * l.in);
+    source(l.name, l.out, l.in, host.data());
+    device.upload(w.data, host.data(), w.bytes());
 }
 
 void LinearGroup::load_w(Device& device, Tensor w, const Linear& l) const {

@@ -97,6 +97,8 @@ class LinearGroup {
   private:
     Tensor effective_weight(Device& device, ScratchScope& scope);
     void build_effective(Device& device, Tensor w_eff);
+    // The true initial weights of a matrix to w, f32.
+    void load_source(Device& device, Tensor w, const Linear& linear, const WeightSource& source) const;
     // The stored W (without adapters) or P of a matrix, in the destination's dtype. next: the projection made in this merge step.
     void load_w(Device& device, Tensor w, const Linear& linear) const;
     void load_p(Device& device, Tensor p, const Linear& linear, bool next = false) const;

@@ -59,13 +59,8 @@ void LinearGroup::reinitialize_one(Device& device, Linear& l, int64_t step, cons
 
     // W in fp32 with the old adapters merged in.
     Tensor w = scope.tensor("merged weights", DType::f32, l.out, l.in);
-    if (source && !l.projected && !device.dry()) {
-        std::vector<float> host(l.out * l.in);
-        (*source)(l.name, l.out, l.in, host.data());
-        device.upload(w.data, host.data(), w.bytes());
-    } else {
-        load_w(device, w, l);
-    }
+    if (source && !l.projected) load_source(device, w, l, *source);
+    else load_w(device, w, l);
     Tensor p_new = scope.tensor("new P", DType::f32, l.rank, l.h());
     load_p(device, p_new, l, true);
     if (l.projected || device.dry()) {

@@ -197,7 +197,7 @@ void sample_text(const Arguments& a, Config& config, Device& device) {
     std::printf("%s\n", generate(*model, Tokenizer(*manifest, a.program_dir), a.sampling).c_str());
 }
 
-// SIGINT, SIGTERM: finish the step, save, leave. A second Ctrl-C, a second or more after the first, ends the program at once; repeated
+// SIGINT, SIGTERM: finish the step, save, leave. A second Ctrl-C two seconds or more after the first ends the program at once; repeated
 // SIGTERMs (and the pair of signals that some launchers send) do not cost the checkpoint.
 void request_stop(int signal) {
     static volatile std::time_t first = 0;
@@ -212,7 +212,7 @@ void train(const Arguments& a, Config& config, Device& device, const std::vector
         throw UserError(config.run.dir + " already holds a run; --resume continues it, --run.dir starts another elsewhere");
     MemoryPlan plan = choose_plan(config, device.kind(), memory_budget(config, &device));
     Trainer trainer(config, device, plan, a.resume, changes);
-    // From here on Ctrl-C means: finish the step, save, leave. A second one ends the program at once.
+    // From here on Ctrl-C means: finish the step, save, leave.
     struct sigaction action {};
     action.sa_handler = request_stop;
     action.sa_flags = SA_RESTART;

@@ -43,7 +43,7 @@ class Result(unittest.TextTestResult):
 
     def addSkip(self, test, reason):
         super().addSkip(test, reason)
-        print(f"skipped {test.id()}: {reason}")
+        print(f"\nskipped {test.id()}: {reason}")
 
 
 def run_python(pattern):
