@@ -15,6 +15,9 @@ struct MemoryPlan {
     bool cache_effective = false;
 };
 
+// Bytes a device of this kind takes before any tensor: CUDA context and library handles (an estimate) and cuBLAS' workspace; 0 on a CPU.
+int64_t library_bytes(DeviceKind kind);
+
 // For a resolved micro-batch.
 MemoryPlan plan_memory(const Config& config, DeviceKind kind, bool cache_effective);
 

@@ -165,9 +165,8 @@ Config configure(const Arguments& a, bool existing_run, std::vector<std::string>
 int64_t memory_budget(const Config& config, const Device* device) {
     if (!config.run.memory_budget.empty()) return parse_bytes(config.run.memory_budget);
     if (!device) return 0;
-    // What is free now, with a margin for what libraries allocate later. The context is in use already, so the plan's line for it is free.
-    int64_t budget = int64_t(0.95 * double(device->free_bytes()));
-    return device->is_cuda() ? budget + (int64_t(664) << 20) : budget;
+    // What is free now, with a margin for what libraries allocate later, and what the open device has taken already: the plan counts it.
+    return int64_t(0.95 * double(device->free_bytes())) + library_bytes(device->kind());
 }
 
 // manifest.json beside the training shards, which data.train names as a folder, a file or a pattern.
