@@ -10,6 +10,7 @@
 #include <string>
 
 #include "runtime/cuda_context.h"
+#include "runtime/profile.h"
 
 namespace {
 
@@ -18,6 +19,7 @@ struct Product {  // D (m, n) = alpha·op(A) (m, k)·op(B) (k, n) + beta·C
     float alpha, beta;
     Tensor a, b, c, d;
     Op op_a, op_b;
+    bool tf32;
 
     std::string describe() const {
         auto matrix = [](const char* name, const Tensor& t, Op op) {
@@ -70,7 +72,7 @@ struct CublasLtPlan {
     cublasLtMatrixLayoutOpaque_t a, b, c, d;
     cublasLtMatmulAlgo_t algorithm;
 };
-using CublasLtPlanKey = std::array<int64_t, 17>;
+using CublasLtPlanKey = std::array<int64_t, 18>;
 struct CublasLtPlans {
     std::map<CublasLtPlanKey, std::unique_ptr<CublasLtPlan>> by_key;
 };
@@ -91,7 +93,7 @@ int64_t alignment(const void* pointer) {
 std::unique_ptr<CublasLtPlan> make_plan(const CudaContext& cuda, const Product& p) {
     auto made = std::make_unique<CublasLtPlan>();
     CublasLtPlan& plan = *made;
-    CUBLAS_CHECK(cublasLtMatmulDescInit(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));  // fp32 inputs: true fp32, no TF32
+    CUBLAS_CHECK(cublasLtMatmulDescInit(&plan.operation, p.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F));
     cublasOperation_t first = p.op_b == Op::transpose ? CUBLAS_OP_T : CUBLAS_OP_N, second = p.op_a == Op::transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(&plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first));
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(&plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second));
@@ -149,7 +151,7 @@ void matmul_cuda(CudaContext& cuda, const Product& p) {
     if (p.k == 0) return p.d.dtype == DType::bf16 ? scale_cuda<bf16>(cuda, p) : scale_cuda<float>(cuda, p);
     if (!cuda.plans) cuda.plans = std::make_shared<CublasLtPlans>();
     CublasLtPlanKey key{p.m, p.n, p.k, int64_t(p.op_a), int64_t(p.op_b), int64_t(p.a.dtype), int64_t(p.d.dtype), p.a.ld, p.b.ld, p.c.ld, p.d.ld,
-                        alignment(p.a.data), alignment(p.b.data), alignment(p.c.data), alignment(p.d.data), p.beta == 0, p.c.data == p.d.data};
+                        alignment(p.a.data), alignment(p.b.data), alignment(p.c.data), alignment(p.d.data), p.beta == 0, p.c.data == p.d.data, p.tf32};
     auto it = cuda.plans->by_key.find(key);
     if (it == cuda.plans->by_key.end()) it = cuda.plans->by_key.emplace(key, make_plan(cuda, p)).first;
     CublasLtPlan& plan = *it->second;
@@ -161,10 +163,11 @@ void matmul_cuda(CudaContext& cuda, const Product& p) {
 }  // namespace
 #endif
 
-void matmul(Device& device, Tensor d, float alpha, Tensor a, Op op_a, Tensor b, Op op_b, float beta, Tensor c) {
+void matmul(Device& device, Tensor d, float alpha, Tensor a, Op op_a, Tensor b, Op op_b, float beta, Tensor c, Fp32Products products) {
     if (beta == 0) c = d;  // not read
     bool flip_a = op_a == Op::transpose, flip_b = op_b == Op::transpose;
-    Product p{flip_a ? a.cols : a.rows, flip_b ? b.rows : b.cols, flip_a ? a.rows : a.cols, alpha, beta, a, b, c, d, op_a, op_b};
+    Product p{flip_a ? a.cols : a.rows, flip_b ? b.rows : b.cols, flip_a ? a.rows : a.cols, alpha, beta, a, b, c, d, op_a, op_b,
+              products == Fp32Products::tf32 && a.dtype == DType::f32};
     CHECK_INTERNAL(p.k == (flip_b ? b.cols : b.rows) && d.rows == p.m && d.cols == p.n && c.rows == p.m && c.cols == p.n, "shapes differ: %s",
                    p.describe().c_str());
     CHECK_INTERNAL(c.data != d.data || c.ld == d.ld, "C is D with another ld: %s", p.describe().c_str());
@@ -172,5 +175,7 @@ void matmul(Device& device, Tensor d, float alpha, Tensor a, Op op_a, Tensor b, 
     CHECK_INTERNAL(types && a.dtype == b.dtype && c.dtype == d.dtype && (a.dtype == DType::f32 || a.dtype == DType::bf16),
                    "unsupported types: %s", p.describe().c_str());
     if (p.m == 0 || p.n == 0) return;
+    OperationTimer timer(device, "matmul", 2.0 * double(p.m) * double(p.n) * double(p.k),
+                         double((p.m * p.k + p.k * p.n) * size_of(a.dtype)) + double(p.m * p.n * size_of(d.dtype)) * (beta != 0 ? 2 : 1));
     ON_DEVICE(device, matmul_cuda(device.cuda(), p), matmul_cpu(p));
 }

@@ -13,6 +13,7 @@
 
 #include "runtime/tensor.h"
 
+class Profiler;      // runtime/profile.h
 struct CudaContext;  // streams and handles; defined in runtime/cuda_context.h for operation files only
 
 enum class DeviceKind { cpu, cuda };
@@ -36,6 +37,9 @@ class Device {
     DType activation_dtype() const { return is_cuda() ? DType::bf16 : DType::f32; }
     const std::string& name() const { return name_; }  // "NVIDIA H200", "CPU, 2 threads"
     CudaContext& cuda() const { return *cuda_; }
+    // Not owned; null (the rule) when nothing is being timed.
+    Profiler* profiler() const { return profiler_; }
+    void attach_profiler(Profiler* profiler) { profiler_ = profiler; }
 
     // Memory. A failed allocation throws UserError naming `what` and the bytes, with the table of what is held.
     void* allocate(int64_t bytes, const std::string& what);
@@ -65,6 +69,7 @@ class Device {
     bool dry_ = false;
     std::string name_;
     std::unique_ptr<CudaContext> cuda_;
+    Profiler* profiler_ = nullptr;
     std::map<void*, std::pair<int64_t, std::string>> held_;
     int64_t allocated_ = 0;
     char* scratch_base_ = nullptr;

@@ -157,3 +157,28 @@ TEST_CASE("matmul on the GPU gives the same bits every time, from every device",
             }
         }
 }
+
+TEST_CASE("matmul of fp32 in TF32 has TF32's error, and bf16 inputs do not care", "[matmul][gpu]") {
+    auto device = test_device("cuda");
+    uint64_t seed = fresh_seed();
+    INFO("seed " << seed);
+    std::mt19937_64 rng(seed);
+    const int64_t m = 192, n = 130, k = 517;
+    std::vector<float> a = random_normal(rng, m * k), b = random_normal(rng, k * n), c = random_normal(rng, m * n);
+    auto error_of = [&](DType type, const std::vector<float>& x, const std::vector<float>& y) {
+        std::vector<double> expected(m * n);
+        for (int64_t i = 0; i < m; ++i)
+            for (int64_t j = 0; j < n; ++j) {
+                expected[i * n + j] = c[i * n + j];
+                for (int64_t l = 0; l < k; ++l) expected[i * n + j] += double(x[i * k + l]) * double(y[l * n + j]);
+            }
+        OnDevice da(*device, type, m, k, x), db(*device, type, k, n, y), d(*device, DType::f32, m, n, c);
+        matmul(*device, d, 1.0f, da, Op::none, db, Op::none, 1.0f, Fp32Products::tf32);
+        return relative_error(d.read(), expected);
+    };
+    double tf32 = error_of(DType::f32, a, b);
+    CHECK(tf32 < 5e-4);
+    CHECK(tf32 > 2e-5);  // else it was not TF32
+    CHECK(error_of(DType::bf16, round_to_bf16(a), round_to_bf16(b)) < 2e-6);
+    CHECK(error_of(DType::f32, round_to_bf16(a), round_to_bf16(b)) < 2e-6);  // exact in TF32
+}
