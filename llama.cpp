@@ -8,6 +8,7 @@
 #include "ops/rmsnorm.h"
 #include "ops/rope.h"
 #include "ops/swiglu.h"
+#include "runtime/profile.h"
 
 namespace {
 
@@ -160,6 +161,7 @@ Tensor Llama::forward(int64_t rows, int64_t seq) {
 
 // Final norm, LM head and loss over chunks of tokens; with backward, gradients of both and of x (written to dx).
 void Llama::head(Tensor x, Tensor dx, float loss_scale, double* sums, int64_t slot, bool backward) {
+    ProfileLabel label(device_, "LM head");
     const ModelConfig& m = config_.model;
     int64_t T = x.rows, V = m.vocab;
     int64_t chunk = std::max<int64_t>(64, kLogitsBytes / (V * size_of(x.dtype)) / 64 * 64);

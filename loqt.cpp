@@ -3,6 +3,7 @@
 
 #include "ops/elementwise.h"
 #include "ops/matmul.h"
+#include "runtime/profile.h"
 
 Method method_of(const Config& config) {
     return config.method.name == "full" ? Method::full : config.method.name == "loqt-nq" ? Method::loqt_nq : Method::loqt;
@@ -120,6 +121,7 @@ Tensor LinearGroup::dequantized_p(Device& device, ScratchScope& scope, const Lin
 
 // w_eff: (out_padded, in_padded). Padding is zero because dequantization leaves the zeros there and B's padding rows are zero.
 void LinearGroup::build_effective(Device& device, Tensor w_eff) {
+    ProfileLabel label(device, "effective weights");
     for (const Linear& l : linears_) {
         Tensor slab = w_eff.row_slice(l.row_begin, padded_width(l.out));
         if (padded_width(l.out) != l.out || padded_width(l.in) != l.in) device.zero(slab);
@@ -147,6 +149,7 @@ Tensor LinearGroup::effective_weight(Device& device, ScratchScope& scope) {
 }
 
 void LinearGroup::forward(Device& device, Tensor y, Tensor x, Tensor residual) {
+    ProfileLabel label(device, "linear forward");
     ScratchScope scope(device);
     Tensor w = effective_weight(device, scope);
     if (residual) matmul(device, y, 1.0f, x, Op::none, w, Op::transpose, 1.0f, residual);
@@ -155,10 +158,12 @@ void LinearGroup::forward(Device& device, Tensor y, Tensor x, Tensor residual) {
 
 void LinearGroup::backward(Device& device, Tensor dx, Tensor dy, Tensor x, const ProjectionPass& pass) {
     {
+        ProfileLabel label(device, "input gradients");
         ScratchScope scope(device);
         matmul(device, dx, 1.0f, dy, Op::none, effective_weight(device, scope), Op::none);
     }
     if (method_ == Method::full) {
+        ProfileLabel label(device, "weight gradients");
         matmul(device, Tensor{fused_grad_.data, fused_grad_.dtype, out_padded_, in_padded(), fused_grad_.ld}, 1.0f, dy, Op::transpose, x, Op::none, 1.0f);
         return;
     }
@@ -168,6 +173,7 @@ void LinearGroup::backward(Device& device, Tensor dx, Tensor dy, Tensor x, const
 
 // dB += s·dyᵀ·(x·Pᵀ) (left), s·xᵀ·(dy·Pᵀ) (right). The left matrices of a group share x, so their projections are one product.
 void LinearGroup::backward_factors(Device& device, Tensor dy, Tensor x) {
+    ProfileLabel label(device, "B gradients");
     float s = float(config_->method.scale);
     ScratchScope scope(device);
     int64_t left_rank = 0;
