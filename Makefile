@@ -2,6 +2,7 @@
 # make cpu         CPU only, whatever is installed
 # make quickstart  set up, build, train the tiny preset on real text, show a sample
 # make test        build and run every test this machine can run
+# make bench       time the training step beside PyTorch's (bench/README.md); BENCH="--presets 60m" passes options
 # make help        this text
 #
 # Settings: GPU_ARCHS="86 89" (default: this machine's GPU, else 80 86 89 90), CXX, NVCC, MARCH=native, OPENBLAS_DIR=/opt/openblas,
@@ -46,7 +47,7 @@ TEST_CPP := $(wildcard test/*.cpp)
 CORE_OBJ := $(CORE_CPP:%.cpp=$(BUILD)/%.o) $(CORE_CU:%.cu=$(BUILD)/%.cu.o)
 TEST_OBJ := $(TEST_CPP:%.cpp=$(BUILD)/%.o)
 
-.PHONY: all cpu test quickstart help clean check-libraries
+.PHONY: all cpu test bench print-bench quickstart help clean check-libraries
 .DEFAULT_GOAL := all
 
 all: train_loqt
@@ -60,6 +61,15 @@ cpu:
 	@$(MAKE) --no-print-directory CUDA=0 all
 
 $(BUILD)/train_loqt: $(BUILD)/train_loqt.o $(CORE_OBJ)
+	@echo "link $@"
+	$(Q)$(CXX) $(HOST) -o $@ $^ $(CUDA_LIBS) $(LIBS)
+
+$(BUILD)/bench_step: $(BUILD)/bench/bench_step.o $(CORE_OBJ)
+	@echo "link $@"
+	$(Q)$(CXX) $(HOST) -o $@ $^ $(CUDA_LIBS) $(LIBS)
+
+# Programs that time one kind of kernel: make build/bench_attention.
+$(BUILD)/bench_%: $(BUILD)/bench/kernels/bench_%.cu.o $(CORE_OBJ)
 	@echo "link $@"
 	$(Q)$(CXX) $(HOST) -o $@ $^ $(CUDA_LIBS) $(LIBS)
 
@@ -90,16 +100,22 @@ check-libraries:
 
 test:
 	@sh scripts/setup.sh test
-	@$(MAKE) --no-print-directory $(if $(findstring -j,$(MAKEFLAGS)),,-j$(shell nproc)) $(if $(NVCC),,CUDA=0) all $(BUILD)/tests
+	@$(MAKE) --no-print-directory $(if $(findstring -j,$(MAKEFLAGS)),,-j$(shell nproc)) $(if $(NVCC),,CUDA=0) all $(BUILD)/tests $(BUILD)/bench_step
 	@python3 test/run.py $(BUILD)/tests
+
+bench:
+	@python3 bench/run.py $(BENCH)
+# For bench/run.py: builds the program and says where it is.
+print-bench: $(BUILD)/bench_step
+	@echo $<
 
 quickstart:
 	@bash scripts/quickstart.sh
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 clean:
 	rm -rf build build-cpu train_loqt
 
--include $(CORE_OBJ:.o=.d) $(TEST_OBJ:.o=.d) $(BUILD)/train_loqt.d
+-include $(CORE_OBJ:.o=.d) $(TEST_OBJ:.o=.d) $(BUILD)/train_loqt.d $(wildcard $(BUILD)/bench/*.d $(BUILD)/bench/kernels/*.d)

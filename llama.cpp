@@ -224,9 +224,8 @@ void Llama::block_backward(Block& b, Tensor dx, int64_t T, const AttentionShape&
         Tensor d_attention = inner.tensor("gradient of attention", x.dtype, T, attention.cols);
         b.o.input_gradient(device_, d_attention, dx);
         b.o.parameter_gradients(device_, dx, attention, pass);
-        attention_backward(device_, d_qkv, d_attention, qkv, attention, first_cols(b.lse, T * m.heads), shape);
+        attention_backward(device_, d_qkv, d_attention, qkv, attention, first_cols(b.lse, T * m.heads), shape, rope_);
     }
-    rope_inplace(device_, d_qkv, rope_, shape.seq, shape.heads, shape.kv_heads, shape.head_dim, true);
     Tensor normed = scope.tensor("gradient of normed, then normed", x.dtype, T, m.hidden);
     b.qkv.input_gradient(device_, normed, d_qkv);
     rmsnorm_backward(device_, dx, b.norm1.grad, normed, x, b.norm1.value, rstd1, normed);

@@ -249,7 +249,6 @@ void LinearGroup::parameter_gradients(Device& device, Tensor dy, Tensor x, const
         return;
     }
     factor_gradients(device, dy, x);
-    ProfileLabel label(device, "merge: projection");
     if (pass.active) project_gradients(device, dy, x, pass);
 }
 

@@ -8,8 +8,10 @@
 #include "ops/linalg.h"
 #include "ops/matmul.h"
 #include "runtime/metrics.h"
+#include "runtime/profile.h"
 
 void LinearGroup::project_gradients(Device& device, Tensor dy, Tensor x, const ProjectionPass& pass) {
+    ProfileLabel label(device, "projection");
     bool accumulate = merge_gradient_ && pass.whole_batch;
     if (accumulate) matmul(device, merge_gradient_, 1.0f, dy, Op::transpose, x, Op::none, pass.first ? 0.0f : 1.0f);
     if (!pass.last) return;
@@ -42,6 +44,7 @@ void LinearGroup::project_one(Device& device, Linear& l, Tensor gradient, int64_
 }
 
 void LinearGroup::reinitialize(Device& device, int64_t step, const WeightSource* source, MergeStatistics& statistics) {
+    ProfileLabel label(device, "merge");
     for (Linear& l : linears_) {
         ++statistics.matrices;
         statistics.projection_seconds += l.projection_seconds;

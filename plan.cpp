@@ -135,6 +135,13 @@ MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget) {
                            (long long)candidates.back(), amount(budget).c_str(), what_would_fit(config, kind, budget).c_str()));
 }
 
+int64_t memory_budget(const Config& config, const Device* device) {
+    if (!config.run.memory_budget.empty()) return parse_bytes(config.run.memory_budget);
+    if (!device) return 0;
+    // What is free now, with a margin for what libraries allocate later, and what the open device has taken already: the plan counts it.
+    return int64_t(0.95 * double(device->free_bytes())) + library_bytes(device->kind());
+}
+
 std::string describe_plan(const Config& config, const MemoryPlan& plan, DeviceKind kind, int64_t budget) {
     std::string text = format("%s, %.2f M parameters, method %s", config.run.dir.c_str(), double(parameter_count(config)) / 1e6, config.method.name.c_str());
     if (config.low_rank()) text += format(", rank %lld", (long long)config.method.rank);

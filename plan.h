@@ -17,6 +17,9 @@ struct MemoryPlan {
 // Bytes a device of this kind takes before any tensor: CUDA context and library handles (an estimate) and cuBLAS' workspace; 0 on a CPU.
 int64_t library_bytes(DeviceKind kind);
 
+// Bytes a run may take: run.memory_budget, else what is free on its open device now; 0 (no limit) without either.
+int64_t memory_budget(const Config& config, const Device* device);
+
 // For a resolved micro-batch and resolved train.effective_weights.
 MemoryPlan plan_memory(const Config& config, DeviceKind kind);
 

@@ -162,13 +162,6 @@ Config configure(const Arguments& a, bool existing_run, std::vector<std::string>
     return resumed;
 }
 
-int64_t memory_budget(const Config& config, const Device* device) {
-    if (!config.run.memory_budget.empty()) return parse_bytes(config.run.memory_budget);
-    if (!device) return 0;
-    // What is free now, with a margin for what libraries allocate later, and what the open device has taken already: the plan counts it.
-    return int64_t(0.95 * double(device->free_bytes())) + library_bytes(device->kind());
-}
-
 // manifest.json beside the training shards, which data.train names as a folder, a file or a pattern.
 std::optional<Manifest> training_manifest(const Config& config) {
     fs::path train = config.data.train;

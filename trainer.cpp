@@ -68,7 +68,7 @@ CheckpointFile newest_checkpoint(const Config& config) {
 }  // namespace
 
 Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, bool resume, const std::vector<std::string>& changes)
-    : config_(config), device_(device), planned_bytes_(plan.total), started_(wall_seconds()) {
+    : config_(config), device_(device), planned_bytes_(plan.total), peak_(peak_flops(device)), started_(wall_seconds()) {
     train_data_ = std::make_unique<TokenDataset>(data_options(config_, config_.data.train, "train", config_.data.shuffle));
     if (!config_.data.val.empty()) val_data_ = std::make_unique<TokenDataset>(data_options(config_, config_.data.val, "val", false));
 
@@ -89,6 +89,7 @@ Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, b
     metrics_->write(resume ? "resume" : "start",
                     {{"step", step_}, {"device", device_.name()}, {"method", config_.method.name}, {"parameters", parameter_count(config_)},
                      {"micro_batch", config_.train.micro_batch}, {"effective_weights", config_.train.effective_weights},
+                     {"peak_tflops", peak_.flops > 0 ? peak_.flops * 1e-12 : NAN}, {"peak_source", peak_.source},
                      {"train_tokens", int64_t(train_data_->tokens())}, {"planned_bytes", planned_bytes_}, {"changed", changed}});
     progress_->note(format("%s: %s, %s parameters, %s on %s", config_.run.dir.c_str(), resume ? format("resumed at step %lld", (long long)step_).c_str() : "new run",
                            human_count(double(parameter_count(config_))).c_str(), config_.method.name.c_str(), device_.name().c_str()));
@@ -97,6 +98,9 @@ Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, b
                            double(config_.train.steps * config_.train.batch) / double(train_data_->samples()),
                            human_count(val_data_ ? double(val_data_->tokens()) : 0.0).c_str(), (long long)config_.micro_batches(),
                            (long long)config_.train.micro_batch, (long long)config_.train.seq_len));
+    if (peak_.flops > 0)
+        progress_->note(format("MFU: FLOPs that %s needs, of a peak of %.0f TFLOP/s (%s); 6N: TFLOP/s of a full-rank run with as many tokens a second",
+                               config_.method.name.c_str(), peak_.flops * 1e-12, peak_.source));
     stream_ = std::make_unique<BatchStream>(*train_data_, uint64_t(step_) * uint64_t(config_.train.batch), config_.train.micro_batch);
 }
 
@@ -199,29 +203,12 @@ void Trainer::merge(const ProjectionPass& pass) {
 
 void Trainer::train_step() {
     double begin = wall_seconds();
-    int64_t micro_batches = config_.micro_batches();
     std::vector<Batch> batches;
-    int64_t targets = 0;
-    for (int64_t i = 0; i < micro_batches; ++i) {
-        batches.push_back(stream_->next());
-        targets += batches.back().valid_targets;
-    }
-    ProjectionPass pass;
-    pass.step = step_;
+    for (int64_t i = 0; i < config_.micro_batches(); ++i) batches.push_back(stream_->next());
     // Should step 0 be skipped as not finite, the first merge is made up for at the next step.
     bool never_merged = config_.low_rank() && model_->projected_matrices() == 0;
-    pass.active = never_merged || std::binary_search(merges_.begin(), merges_.end(), step_);
-    pass.whole_batch = config_.method.projection_gradient == "full" && micro_batches > 1;
-
-    model_->zero_gradients();
-    float loss_scale = targets ? float(1.0 / double(targets)) : 0.0f;
-    for (int64_t i = 0; i < micro_batches; ++i) {
-        pass.first = i == 0, pass.last = i + 1 == micro_batches;
-        model_->train(batches[i], loss_scale, sums_->losses(), i, pass);
-    }
-    double loss_sum = 0, gradient_norm = 0;
-    sums_->read(*model_, micro_batches, &loss_sum, &gradient_norm);
-    double loss = targets ? loss_sum / double(targets) : 0.0;
+    ProjectionPass pass = projection_pass(config_, step_, never_merged || std::binary_search(merges_.begin(), merges_.end(), step_));
+    auto [loss, gradient_norm] = accumulate_gradients(*model_, *sums_, batches, pass);
     double lr = learning_rate(config_, step_);
 
     if (!std::isfinite(loss) || !std::isfinite(gradient_norm)) {
@@ -234,8 +221,7 @@ void Trainer::train_step() {
         }
         ++skipped_;
     } else {
-        double scale = config_.optimizer.clip > 0 && gradient_norm > config_.optimizer.clip ? config_.optimizer.clip / gradient_norm : 1.0;
-        update_parameters(device_, *model_, config_, step_, lr, scale);
+        apply_gradients(device_, *model_, config_, step_, lr, gradient_norm);
         if (pass.active) merge(pass);
     }
     device_.synchronize();
@@ -248,15 +234,17 @@ void Trainer::report_step(double loss, double gradient_norm, double lr, double s
     double tokens = double(config_.train.batch * config_.train.seq_len), rate = tokens / seconds;
     rate_ = rate_ == 0 ? rate : 0.95 * rate_ + 0.05 * rate;
     training_seconds_ += seconds;
-    double peak = device_.is_cuda() ? peak_flops(device_.name()) : 0, mfu = peak > 0 ? training_flops_per_token(config_) * rate / peak : NAN;
+    // Of one step and of the line's smoothed rate: the share of the peak that the method's own FLOPs are, and 6·N·tokens/s.
+    auto mfu = [&](double r) { return peak_.flops > 0 ? training_flops_per_token(config_) * r / peak_.flops : NAN; };
+    auto full_rank_tflops = [&](double r) { return full_rank_flops_per_token(config_) * r * 1e-12; };
     int64_t memory = device_.process_peak_bytes();
     bool last = step_ == config_.train.steps;
     if (due(config_.run.log_every) || last)
         metrics_->write("train", {{"step", step_}, {"loss", loss}, {"lr", lr}, {"grad_norm", gradient_norm}, {"tokens", step_ * int64_t(tokens)},
-                                  {"tokens_per_s", rate}, {"mfu", mfu}, {"step_ms", seconds * 1e3}, {"memory_bytes", memory}, {"skipped", skipped_}});
+                                  {"tokens_per_s", rate}, {"mfu", mfu(rate)}, {"full_rank_equivalent_tflops", full_rank_tflops(rate)}, {"step_ms", seconds * 1e3}, {"memory_bytes", memory}, {"skipped", skipped_}});
     double remaining = double(config_.train.steps - step_) * training_seconds_ / double(steps_here_);
     std::string line = format("step %lld/%lld  loss %.4f  lr %.2e  |g| %.3f  %s tok/s", (long long)step_, (long long)config_.train.steps, loss, lr, gradient_norm, human_count(rate_).c_str());
-    if (peak > 0) line += format("  MFU %.1f %%", 100 * training_flops_per_token(config_) * rate_ / peak);
+    if (peak_.flops > 0) line += format("  MFU %.1f %% (6N: %.0f TFLOP/s)", 100 * mfu(rate_), full_rank_tflops(rate_));
     line += format("  ETA %s  %.2f GiB", human_duration(remaining).c_str(), double(memory) / double(int64_t(1) << 30));
     if (skipped_) line += format("  %lld skipped", (long long)skipped_);
     progress_->show(line, last || steps_here_ == 1);

@@ -4,12 +4,12 @@
 #include <memory>
 #include <set>
 
-#include "llama.h"
-#include "optimizer_step.h"
+#include "flops.h"
 #include "plan.h"
 #include "runtime/data.h"
 #include "runtime/files.h"
 #include "runtime/metrics.h"
+#include "training_step.h"
 
 // Set by SIGINT and SIGTERM: the loop finishes its step, saves and returns.
 extern std::atomic<bool> stop_requested;
@@ -35,6 +35,7 @@ class Trainer {
     Config config_;
     Device& device_;
     int64_t planned_bytes_;
+    PeakFlops peak_;
     std::unique_ptr<DirectoryLock> lock_;  // two processes in one run directory would spoil each other's checkpoints
     std::unique_ptr<TokenDataset> train_data_, val_data_;
     std::unique_ptr<Llama> model_;
