@@ -17,6 +17,8 @@ double linear_flops(const Config& c, double out, double in) {
     if (!c.low_rank()) return 3 * product;
     double r = std::min({double(c.method.rank), out, in});
     double tokens = double(c.train.micro_batch) * double(c.train.seq_len);
+    // x·P and dB need 2r(m + n); so do x·P·B beside x·W, and dy·B·P beside dy·W.
+    if (c.train.effective_weights == "factored") return 2 * product + 6.0 * r * (out + in);
     double builds = c.train.effective_weights == "cached" ? 1.0 / double(c.micro_batches()) : 2.0;
     return 2 * product + 2.0 * r * (out + in) + builds * r * product / tokens;
 }

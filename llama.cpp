@@ -1,6 +1,8 @@
 // The model: tensors, forward, backward. See llama.h.
 #include "llama.h"
 
+#include <algorithm>
+
 #include "ops/cross_entropy.h"
 #include "ops/elementwise.h"
 #include "ops/embedding.h"
@@ -13,19 +15,21 @@
 namespace {
 
 constexpr int64_t kUploadBytes = int64_t(32) << 20;
-constexpr int64_t kLogitsBytes = int64_t(128) << 20;  // the LM head runs over chunks of tokens with at most this much logits
+// The LM head runs over chunks of tokens. Its products are fastest with about 8,000 rows (measured on an H200); a chunk's logits are to
+// stay small beside the activations of the micro-batch, though.
+constexpr int64_t kLeastLogitsBytes = int64_t(128) << 20, kMostLogitsBytes = int64_t(512) << 20, kLogitsShare = 16;
 
 Tensor first_rows(const Tensor& t, int64_t rows) { return t.row_slice(0, rows); }
 Tensor first_cols(const Tensor& t, int64_t cols) { return t.col_slice(0, cols); }
 
 }  // namespace
 
-Llama::Llama(const Config& config, Device& device, bool training, bool cache_effective)
+Llama::Llama(const Config& config, Device& device, bool training)
     : config_(config), device_(device), capacity_(config.train.micro_batch * config.train.seq_len) {
     int64_t hd = config.model.head_dim();
     if (device.is_cuda() && hd != 64 && hd != 128)
         throw UserError(format("model.heads: %lld heads of %lld; on a GPU heads must have size 64 or 128; change model.heads, or --device cpu", (long long)config.model.heads, (long long)hd));
-    register_tensors(training, cache_effective);
+    register_tensors(training);
     // The order of this list numbers the random streams: it must never depend on the method's details of storage.
     parameters_ = {&embedding_};
     for (Block& b : blocks_) {
@@ -38,9 +42,9 @@ Llama::Llama(const Config& config, Device& device, bool training, bool cache_eff
     for (size_t i = 0; i < parameters_.size(); ++i) parameters_[i]->stream = uint32_t(i);
 }
 
-void Llama::register_tensors(bool training, bool cache_effective) {
+void Llama::register_tensors(bool training) {
     const ModelConfig& m = config_.model;
-    Registration reg{table_, device_, config_, training, cache_effective && config_.low_rank()};
+    Registration reg{table_, device_, config_, training};
     DType act = device_.activation_dtype();
     int64_t T = capacity_, hd = m.head_dim(), q = m.heads * hd, kv = config_.kv_heads() * hd, f = padded_width(m.intermediate);
 
@@ -161,10 +165,11 @@ Tensor Llama::forward(int64_t rows, int64_t seq) {
 
 // Final norm, LM head and loss over chunks of tokens; with backward, gradients of both and of x (written to dx).
 void Llama::head(Tensor x, Tensor dx, float loss_scale, double* sums, int64_t slot, bool backward) {
-    ProfileLabel label(device_, "LM head");
     const ModelConfig& m = config_.model;
+    ProfileLabel label(device_, "LM head");
     int64_t T = x.rows, V = m.vocab;
-    int64_t chunk = std::max<int64_t>(64, kLogitsBytes / (V * size_of(x.dtype)) / 64 * 64);
+    int64_t row_bytes = V * size_of(x.dtype), logits_bytes = std::clamp(capacity_ * row_bytes / kLogitsShare, kLeastLogitsBytes, kMostLogitsBytes);
+    int64_t chunk = std::max<int64_t>(64, logits_bytes / row_bytes / 64 * 64);
     // The stack is sized for a full micro-batch; a smaller one must not need more.
     chunk = std::min(chunk, capacity_);
     ScratchScope scope(device_);
@@ -195,20 +200,21 @@ void Llama::block_backward(Block& b, Tensor dx, int64_t T, const AttentionShape&
     Tensor x = first_rows(b.x, T), x_mid = first_rows(b.x_mid, T), qkv = first_rows(b.q_k_v, T), gates = first_rows(b.gates, T);
     Tensor attention = first_rows(b.attention, T);
     Tensor rstd1 = first_cols(b.rstd1, T), rstd2 = first_cols(b.rstd2, T);
-    float eps = float(m.rms_eps);
+    // Every group's input gradient comes first: the kernel that takes it further back through SwiGLU or RMSNorm makes the group's input
+    // again on the way and writes it in place of that gradient, where the gradient of the weights then finds it.
     {   // SwiGLU half: the gradient of gate|up takes the place of gate|up.
         ScratchScope scope(device_);
-        Tensor a = scope.tensor("swiglu", x.dtype, T, b.down.in_padded()), da = scope.tensor("gradient of swiglu", x.dtype, T, b.down.in_padded());
-        swiglu_forward(device_, a, gates);
-        b.down.backward(device_, da, dx, a, pass);
-        swiglu_backward(device_, gates, gates, da);
+        Tensor a = scope.tensor("gradient of swiglu, then swiglu", x.dtype, T, b.down.in_padded());
+        b.down.input_gradient(device_, a, dx);
+        swiglu_backward(device_, gates, gates, a, a);
+        b.down.parameter_gradients(device_, dx, a, pass);
     }
     {
         ScratchScope scope(device_);
-        Tensor normed = scope.tensor("normed", x.dtype, T, m.hidden), d_normed = scope.tensor("gradient of normed", x.dtype, T, m.hidden);
-        rmsnorm_forward(device_, normed, rstd2, x_mid, b.norm2.value, eps);
-        b.gate_up.backward(device_, d_normed, gates, normed, pass);
-        rmsnorm_backward(device_, dx, b.norm2.grad, d_normed, x_mid, b.norm2.value, rstd2);
+        Tensor normed = scope.tensor("gradient of normed, then normed", x.dtype, T, m.hidden);
+        b.gate_up.input_gradient(device_, normed, gates);
+        rmsnorm_backward(device_, dx, b.norm2.grad, normed, x_mid, b.norm2.value, rstd2, normed);
+        b.gate_up.parameter_gradients(device_, gates, normed, pass);
     }
     // Attention half.
     ScratchScope scope(device_);
@@ -216,14 +222,14 @@ void Llama::block_backward(Block& b, Tensor dx, int64_t T, const AttentionShape&
     {
         ScratchScope inner(device_);
         Tensor d_attention = inner.tensor("gradient of attention", x.dtype, T, attention.cols);
-        b.o.backward(device_, d_attention, dx, attention, pass);
-        attention_backward(device_, d_qkv, d_attention, qkv, attention, first_cols(b.lse, T * m.heads), shape);
+        b.o.input_gradient(device_, d_attention, dx);
+        b.o.parameter_gradients(device_, dx, attention, pass);
+        attention_backward(device_, d_qkv, d_attention, qkv, attention, first_cols(b.lse, T * m.heads), shape, rope_);
     }
-    rope_inplace(device_, d_qkv, rope_, shape.seq, shape.heads, shape.kv_heads, shape.head_dim, true);
-    Tensor normed = scope.tensor("normed", x.dtype, T, m.hidden), d_normed = scope.tensor("gradient of normed", x.dtype, T, m.hidden);
-    rmsnorm_forward(device_, normed, rstd1, x, b.norm1.value, eps);
-    b.qkv.backward(device_, d_normed, d_qkv, normed, pass);
-    rmsnorm_backward(device_, dx, b.norm1.grad, d_normed, x, b.norm1.value, rstd1);
+    Tensor normed = scope.tensor("gradient of normed, then normed", x.dtype, T, m.hidden);
+    b.qkv.input_gradient(device_, normed, d_qkv);
+    rmsnorm_backward(device_, dx, b.norm1.grad, normed, x, b.norm1.value, rstd1, normed);
+    b.qkv.parameter_gradients(device_, d_qkv, normed, pass);
 }
 
 void Llama::train(const Batch& batch, float loss_scale, double* sums, int64_t slot, const ProjectionPass& pass) {

@@ -29,7 +29,7 @@ struct DeviceBatch {
 class Llama {
   public:
     // train.micro_batch must be resolved. Throws UserError for a head size that the device's attention does not have.
-    Llama(const Config& config, Device& device, bool training, bool cache_effective);
+    Llama(const Config& config, Device& device, bool training);
     Llama(const Llama&) = delete;
 
     TensorTable& table() { return table_; }
@@ -68,7 +68,7 @@ class Llama {
     std::vector<LinearGroup*> groups();
 
   private:
-    void register_tensors(bool training, bool cache_effective);
+    void register_tensors(bool training);
     void upload_rope();
     void upload_batch(const Batch& batch);
     Tensor forward(int64_t rows, int64_t seq);  // → (T, h) output of the last block

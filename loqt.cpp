@@ -9,6 +9,11 @@ Method method_of(const Config& config) {
     return config.method.name == "full" ? Method::full : config.method.name == "loqt-nq" ? Method::loqt_nq : Method::loqt;
 }
 
+EffectiveWeights effective_weights_of(const Config& config) {
+    const std::string& name = config.train.effective_weights;
+    return name == "cached" ? EffectiveWeights::cached : name == "factored" ? EffectiveWeights::factored : EffectiveWeights::rebuilt;
+}
+
 int64_t padded_width(int64_t width) { return width % 8 == 0 ? width : round_up(width, 128); }
 
 void LinearGroup::configure(const Config& config, int64_t in, const std::vector<Spec>& specs) {
@@ -77,7 +82,8 @@ void LinearGroup::register_tensors(const Registration& reg) {
     if (method_ == Method::full) return;
     if (reg.training && config.method.projection_gradient == "full" && config.micro_batches() > 1)
         table.add(group_name + ".merge_gradient", Family::projection, &merge_gradient_, DType::f32, out_padded_, in_padded(), false);
-    if (reg.cache_effective) table.add(group_name + ".effective", Family::effective, &effective_, act, out_padded_, in_padded(), false);
+    if (reg.training && effective_weights_of(config) == EffectiveWeights::cached)
+        table.add(group_name + ".effective", Family::effective, &effective_, act, out_padded_, in_padded(), false);
 }
 
 void LinearGroup::initialize(Device& device, const WeightSource& source) {
@@ -119,91 +125,176 @@ Tensor LinearGroup::dequantized_p(Device& device, ScratchScope& scope, const Lin
     return p;
 }
 
-// w_eff: (out_padded, in_padded). Padding is zero because dequantization leaves the zeros there and B's padding rows are zero.
-void LinearGroup::build_effective(Device& device, Tensor w_eff) {
-    ProfileLabel label(device, "effective weights");
+// ---- W_eff
+
+// w: (out_padded, in_padded). Padding is zero because dequantization leaves the zeros there and B's padding rows are zero.
+void LinearGroup::load_fused(Device& device, Tensor w) {
     for (const Linear& l : linears_) {
-        Tensor slab = w_eff.row_slice(l.row_begin, padded_width(l.out));
+        Tensor slab = w.row_slice(l.row_begin, padded_width(l.out));
         if (padded_width(l.out) != l.out || padded_width(l.in) != l.in) device.zero(slab);
-        Tensor logical{slab.data, slab.dtype, l.out, l.in, slab.ld};
-        load_w(device, logical, l);
-        if (!l.projected && !device.dry()) continue;
+        load_w(device, Tensor{slab.data, slab.dtype, l.out, l.in, slab.ld}, l);
+    }
+}
+
+// w += s·P·B
+void LinearGroup::add_adapters(Device& device, Tensor w) {
+    float s = float(config_->method.scale);
+    for (const Linear& l : linears_) {
+        if (!has_adapter(device, l)) continue;
         ScratchScope scope(device);
-        Tensor p = dequantized_p(device, scope, l, slab.dtype);
-        float s = float(config_->method.scale);
-        if (l.right) matmul(device, slab.row_slice(0, l.out), s, p, Op::transpose, l.b.value, Op::transpose, 1.0f);
-        else matmul(device, Tensor{slab.data, slab.dtype, slab.rows, l.in, slab.ld}, s, l.b.value, Op::none, p, Op::none, 1.0f);
+        Tensor p = dequantized_p(device, scope, l, w.dtype);
+        Tensor slab = w.row_slice(l.row_begin, l.right ? l.out : padded_width(l.out));
+        if (l.right) matmul(device, slab, s, p, Op::transpose, l.b.value, Op::transpose, 1.0f);
+        else matmul(device, slab.col_slice(0, l.in), s, l.b.value, Op::none, p, Op::none, 1.0f);
     }
 }
 
 Tensor LinearGroup::effective_weight(Device& device, ScratchScope& scope) {
     if (method_ == Method::full) return Tensor{fused_.data, fused_.dtype, out_padded_, in_padded(), fused_.ld};
+    ProfileLabel label(device, "effective weights");
     if (effective_) {
-        if (!effective_fresh_) build_effective(device, effective_);
+        if (!effective_fresh_) load_fused(device, effective_), add_adapters(device, effective_);
         effective_fresh_ = true;
         return effective_;
     }
-    Tensor w_eff = scope.tensor("effective weights", device.activation_dtype(), out_padded_, in_padded());
-    build_effective(device, w_eff);
-    return w_eff;
+    Tensor w = scope.tensor("effective weights", device.activation_dtype(), out_padded_, in_padded());
+    load_fused(device, w);
+    add_adapters(device, w);
+    return w;
 }
+
+Tensor LinearGroup::weight_without_adapters(Device& device, ScratchScope& scope) {
+    if (method_ != Method::loqt) return Tensor{fused_.data, fused_.dtype, out_padded_, in_padded(), fused_.ld};
+    ProfileLabel label(device, "effective weights");
+    Tensor w = scope.tensor("dequantized weights", device.activation_dtype(), out_padded_, in_padded());
+    load_fused(device, w);
+    return w;
+}
+
+// ---- Forward, and gradient of the input
 
 void LinearGroup::forward(Device& device, Tensor y, Tensor x, Tensor residual) {
     ProfileLabel label(device, "linear forward");
-    ScratchScope scope(device);
-    Tensor w = effective_weight(device, scope);
-    if (residual) matmul(device, y, 1.0f, x, Op::none, w, Op::transpose, 1.0f, residual);
-    else matmul(device, y, 1.0f, x, Op::none, w, Op::transpose);
+    {
+        ScratchScope scope(device);
+        Tensor w = factored() ? weight_without_adapters(device, scope) : effective_weight(device, scope);
+        if (residual) matmul(device, y, 1.0f, x, Op::none, w, Op::transpose, 1.0f, residual);
+        else matmul(device, y, 1.0f, x, Op::none, w, Op::transpose);
+    }
+    if (factored()) add_factored_forward(device, y, x);
 }
 
-void LinearGroup::backward(Device& device, Tensor dx, Tensor dy, Tensor x, const ProjectionPass& pass) {
+void LinearGroup::input_gradient(Device& device, Tensor dx, Tensor dy) {
+    ProfileLabel label(device, "input gradients");
     {
-        ProfileLabel label(device, "input gradients");
         ScratchScope scope(device);
-        matmul(device, dx, 1.0f, dy, Op::none, effective_weight(device, scope), Op::none);
+        Tensor w = factored() ? weight_without_adapters(device, scope) : effective_weight(device, scope);
+        matmul(device, dx, 1.0f, dy, Op::none, w, Op::none);
     }
+    if (factored()) add_factored_input_gradient(device, dx, dy);
+}
+
+// y += s·(x·Pᵀ)·Bᵀ (left), s·(x·B)·P (right).
+void LinearGroup::add_factored_forward(Device& device, Tensor y, Tensor x) {
+    float s = float(config_->method.scale);
+    ScratchScope scope(device);
+    Tensor u = left_rank() ? projected_input(device, scope, x) : Tensor{};
+    int64_t column = 0;
+    for (const Linear& l : linears_) {
+        ScratchScope inner(device);
+        if (l.right) {
+            Tensor p = dequantized_p(device, inner, l, x.dtype), v = inner.tensor("x·B", x.dtype, x.rows, l.rank);
+            if (!has_adapter(device, l)) continue;
+            matmul(device, v, 1.0f, x, Op::none, l.b.value, Op::none);
+            matmul(device, y.col_slice(l.row_begin, l.out), s, v, Op::none, p, Op::none, 1.0f);
+        } else {
+            if (has_adapter(device, l))
+                matmul(device, y.col_slice(l.row_begin, padded_width(l.out)), s, u.col_slice(column, l.rank), Op::none, l.b.value, Op::transpose, 1.0f);
+            column += l.rank;
+        }
+    }
+}
+
+// dx += s·(dy·B)·P (left; the matrices of a group add up, so the second product is one), s·(dy·Pᵀ)·Bᵀ (right).
+void LinearGroup::add_factored_input_gradient(Device& device, Tensor dx, Tensor dy) {
+    float s = float(config_->method.scale);
+    for (const Linear& l : linears_) {
+        if (!l.right) continue;
+        ScratchScope scope(device);
+        Tensor p = dequantized_p(device, scope, l, dy.dtype), v = scope.tensor("dy·P", dy.dtype, dy.rows, l.rank);
+        if (!has_adapter(device, l)) continue;
+        matmul(device, v, 1.0f, dy.col_slice(l.row_begin, l.out), Op::none, p, Op::transpose);
+        matmul(device, dx, s, v, Op::none, l.b.value, Op::transpose, 1.0f);
+    }
+    if (left_rank() == 0) return;
+    ScratchScope scope(device);
+    Tensor v = scope.tensor("dy·B", dy.dtype, dy.rows, left_rank()), p = stacked_p(device, scope, dy.dtype);
+    int64_t column = 0;
+    for (const Linear& l : linears_) {
+        if (l.right) continue;
+        Tensor slice = v.col_slice(column, l.rank);
+        column += l.rank;
+        // B of a matrix that has no P yet is zero, and so is this product.
+        matmul(device, slice, s, dy.col_slice(l.row_begin, padded_width(l.out)), Op::none, l.b.value, Op::none);
+    }
+    matmul(device, dx.col_slice(0, in_), 1.0f, v, Op::none, p, Op::none, 1.0f);
+}
+
+// ---- Gradients of what is trained
+
+void LinearGroup::parameter_gradients(Device& device, Tensor dy, Tensor x, const ProjectionPass& pass) {
     if (method_ == Method::full) {
         ProfileLabel label(device, "weight gradients");
         matmul(device, Tensor{fused_grad_.data, fused_grad_.dtype, out_padded_, in_padded(), fused_grad_.ld}, 1.0f, dy, Op::transpose, x, Op::none, 1.0f);
         return;
     }
-    backward_factors(device, dy, x);
+    factor_gradients(device, dy, x);
     if (pass.active) project_gradients(device, dy, x, pass);
 }
 
+int64_t LinearGroup::left_rank() const {
+    int64_t rank = 0;
+    for (const Linear& l : linears_) rank += l.right ? 0 : l.rank;
+    return rank;
+}
+
+Tensor LinearGroup::stacked_p(Device& device, ScratchScope& scope, DType dtype) const {
+    Tensor stacked = scope.tensor("stacked P", dtype, left_rank(), in_);
+    int64_t row = 0;
+    for (const Linear& l : linears_) {
+        if (l.right) continue;
+        load_p(device, stacked.row_slice(row, l.rank), l);
+        row += l.rank;
+    }
+    return stacked;
+}
+
+Tensor LinearGroup::projected_input(Device& device, ScratchScope& scope, Tensor x) const {
+    Tensor u = scope.tensor("x·P", x.dtype, x.rows, left_rank());
+    ScratchScope p_scope(device);
+    matmul(device, u, 1.0f, x.col_slice(0, in_), Op::none, stacked_p(device, p_scope, x.dtype), Op::transpose);
+    return u;
+}
+
 // dB += s·dyᵀ·(x·Pᵀ) (left), s·xᵀ·(dy·Pᵀ) (right). The left matrices of a group share x, so their projections are one product.
-void LinearGroup::backward_factors(Device& device, Tensor dy, Tensor x) {
+void LinearGroup::factor_gradients(Device& device, Tensor dy, Tensor x) {
     ProfileLabel label(device, "B gradients");
     float s = float(config_->method.scale);
     ScratchScope scope(device);
-    int64_t left_rank = 0;
-    for (const Linear& l : linears_) left_rank += l.right ? 0 : l.rank;
-    Tensor u;
-    if (left_rank) {
-        u = scope.tensor("x·P", x.dtype, x.rows, left_rank);
-        ScratchScope p_scope(device);
-        Tensor stacked = p_scope.tensor("stacked P", x.dtype, left_rank, in_);
-        int64_t row = 0;
-        for (const Linear& l : linears_) {
-            if (l.right) continue;
-            load_p(device, stacked.row_slice(row, l.rank), l);
-            row += l.rank;
-        }
-        matmul(device, u, 1.0f, x.col_slice(0, in_), Op::none, stacked, Op::transpose);
-    }
+    Tensor u = left_rank() ? projected_input(device, scope, x) : Tensor{};
     int64_t column = 0;
     for (Linear& l : linears_) {
         if (l.right) {
             ScratchScope w_scope(device);
             Tensor projected = w_scope.tensor("dy·P", dy.dtype, dy.rows, l.rank);
             Tensor p = dequantized_p(device, w_scope, l, dy.dtype);
-            if (!l.projected && !device.dry()) continue;
+            if (!has_adapter(device, l)) continue;
             matmul(device, projected, 1.0f, dy.col_slice(l.row_begin, l.out), Op::none, p, Op::transpose);
             matmul(device, l.b.grad, s, x, Op::transpose, projected, Op::none, 1.0f);
         } else {
             Tensor slice = u.col_slice(column, l.rank);
             column += l.rank;
-            if (!l.projected && !device.dry()) continue;
+            if (!has_adapter(device, l)) continue;
             matmul(device, l.b.grad, s, dy.col_slice(l.row_begin, l.b.grad.rows), Op::transpose, slice, Op::none, 1.0f);
         }
     }

@@ -20,6 +20,13 @@
 enum class Method { full, loqt, loqt_nq };
 Method method_of(const Config& config);
 
+// How a low-rank method multiplies by W_eff = W + s·P·B (train.effective_weights):
+//   cached    W_eff in bf16, formed once per optimizer step and kept: the fewest FLOPs, 2 bytes per weight
+//   rebuilt   formed for every use in scratch memory: cheap when a micro-batch has more than about a thousand tokens
+//   factored  never formed: x·W + s·(x·P)·B: more FLOPs per token, none per weight, for small micro-batches
+enum class EffectiveWeights { cached, rebuilt, factored };
+EffectiveWeights effective_weights_of(const Config& config);  // auto that was never resolved (export, sampling): rebuilt
+
 // Writes the (rows, cols) fp32 matrix `name` (Hugging Face name and orientation) to out: random initialisation or an imported model.
 // Called again at the first merge, which starts from the true weights and not from their NF4 round trip.
 using WeightSource = std::function<void(const std::string& name, int64_t rows, int64_t cols, float* out)>;
@@ -84,8 +91,10 @@ class LinearGroup {
 
     // y = x·W_effᵀ + residual (residual may be empty).  x: (T, in_padded), y: (T, out_padded).
     void forward(Device& device, Tensor y, Tensor x, Tensor residual = {});
-    // dx = dy·W_eff (written); gradients of B (or W) accumulate; on a merge step the new projections are computed into p_next.
-    void backward(Device& device, Tensor dx, Tensor dy, Tensor x, const ProjectionPass& pass);
+    // dx = dy·W_eff (written).
+    void input_gradient(Device& device, Tensor dx, Tensor dy);
+    // Gradients of B (or W) accumulate; on a merge step the new projections are computed into p_next.
+    void parameter_gradients(Device& device, Tensor dy, Tensor x, const ProjectionPass& pass);
     // After the optimizer's update of a merge step: merge s·P·B into W, requantize with compensation, install p_next.
     // source: the true weights, for matrices that merge for the first time; may be null once all have.
     void reinitialize(Device& device, int64_t step, const WeightSource* source, MergeStatistics& statistics);
@@ -95,15 +104,26 @@ class LinearGroup {
     void read_effective(Device& device, const Linear& linear, std::vector<float>& out);
 
   private:
+    // W_eff as (out_padded, in_padded) in the activations' dtype; without_adapters: W alone. From scratch where it is not kept anyway.
     Tensor effective_weight(Device& device, ScratchScope& scope);
-    void build_effective(Device& device, Tensor w_eff);
+    Tensor weight_without_adapters(Device& device, ScratchScope& scope);
+    void load_fused(Device& device, Tensor w);
+    void add_adapters(Device& device, Tensor w);
+    bool factored() const { return method_ != Method::full && effective_weights_of(*config_) == EffectiveWeights::factored; }
+    bool has_adapter(const Device& device, const Linear& l) const { return l.projected || device.dry(); }
+    void add_factored_forward(Device& device, Tensor y, Tensor x);
+    void add_factored_input_gradient(Device& device, Tensor dx, Tensor dy);
     // The true initial weights of a matrix to w, f32.
     void load_source(Device& device, Tensor w, const Linear& linear, const WeightSource& source) const;
     // The stored W (without adapters) or P of a matrix, in the destination's dtype. next: the projection made in this merge step.
     void load_w(Device& device, Tensor w, const Linear& linear) const;
     void load_p(Device& device, Tensor p, const Linear& linear, bool next = false) const;
     Tensor dequantized_p(Device& device, ScratchScope& scope, const Linear& l, DType dtype) const;
-    void backward_factors(Device& device, Tensor dy, Tensor x);
+    // The P of all left matrices, one below the other: (left_rank(), in), and x times their transpose: (T, left_rank()).
+    int64_t left_rank() const;
+    Tensor stacked_p(Device& device, ScratchScope& scope, DType dtype) const;
+    Tensor projected_input(Device& device, ScratchScope& scope, Tensor x) const;
+    void factor_gradients(Device& device, Tensor dy, Tensor x);
     void project_gradients(Device& device, Tensor dy, Tensor x, const ProjectionPass& pass);
     void project_one(Device& device, Linear& l, Tensor gradient, int64_t step);
     void reinitialize_one(Device& device, Linear& l, int64_t step, const WeightSource* source, MergeStatistics& statistics);

@@ -25,7 +25,6 @@ struct Registration {
     const Device& device;
     const Config& config;
     bool training;
-    bool cache_effective;  // keep W + s·P·B of every matrix instead of rebuilding it for each use
 };
 
 // Formats of the run, from the configuration.

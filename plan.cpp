@@ -24,9 +24,9 @@ std::string amount(int64_t bytes) { return gib(bytes) < 1 ? format("%.2f MiB", 1
 
 int64_t library_bytes(DeviceKind kind) { return kind == DeviceKind::cuda ? kWorkspaceBytes + kContextBytes : 0; }
 
-MemoryPlan plan_memory(const Config& config, DeviceKind kind, bool cache_effective) {
+MemoryPlan plan_memory(const Config& config, DeviceKind kind) {
     auto device = Device::open_dry(kind);
-    Llama model(config, *device, true, cache_effective);
+    Llama model(config, *device, true);
     model.allocate();
     model.initialize(WeightSource{});
     Batch batch;
@@ -42,7 +42,6 @@ MemoryPlan plan_memory(const Config& config, DeviceKind kind, bool cache_effecti
     if (config.low_rank()) model.merge(0, nullptr);
 
     MemoryPlan plan;
-    plan.cache_effective = cache_effective;
     for (auto& [family, bytes] : model.table().families())
         if (bytes) plan.lines.push_back({family_name(family), bytes});
     plan.scratch = device->scratch_high_water();
@@ -54,6 +53,16 @@ MemoryPlan plan_memory(const Config& config, DeviceKind kind, bool cache_effecti
 
 namespace {
 
+// The ways to do without a kept W_eff, the one with fewer FLOPs at this micro-batch first (factored below about a thousand tokens).
+std::vector<std::string> without_cache(Config config) {
+    auto flops = [&](const char* name) {
+        config.train.effective_weights = name;
+        return training_flops_per_token(config);
+    };
+    if (!config.low_rank()) return {"rebuilt"};
+    return flops("factored") < flops("rebuilt") ? std::vector<std::string>{"factored", "rebuilt"} : std::vector<std::string>{"rebuilt", "factored"};
+}
+
 // Options that save memory, the least harmful first, each tried alone and then all together in turn; the first that fits.
 std::string what_would_fit(Config config, DeviceKind kind, int64_t budget) {
     std::vector<Override> changes;
@@ -63,14 +72,14 @@ std::string what_would_fit(Config config, DeviceKind kind, int64_t budget) {
     bool low_rank = config.low_rank();
     if (config.train.micro_batch == 0) config.train.micro_batch = 1;
     offer(config.train.micro_batch > 1, "train.micro_batch", "1");
-    offer(low_rank && config.train.effective_weights == "cached", "train.effective_weights", "rebuilt");
+    offer(low_rank && config.train.effective_weights == "cached", "train.effective_weights", "auto");
     offer(low_rank && config.method.projection_gradient == "full", "method.projection_gradient", "last");
     offer(kind == DeviceKind::cuda && config.train.gradients == "fp32", "train.gradients", "bf16");
     offer(config.optimizer.moments == "fp32", "optimizer.moments", "int8");
     for (int64_t rank = config.method.rank / 2; low_rank && rank >= 16; rank /= 2) offer(true, "method.rank", std::to_string(rank));
     for (int64_t length = config.train.seq_len / 2; length >= 64; length /= 2) offer(true, "train.seq_len", std::to_string(length));
 
-    auto total = [&](const Config& c) { return plan_memory(c, kind, c.train.effective_weights == "cached").total; };
+    auto total = [&](const Config& c) { return plan_memory(c, kind).total; };
     auto text = [](const Override& o) { return "--" + short_name(o.key) + " " + (o.key == "train.micro_batch" ? "auto" : o.value); };
     for (const Override& change : changes) {
         Config alone = config;
@@ -92,7 +101,6 @@ std::string what_would_fit(Config config, DeviceKind kind, int64_t budget) {
 }  // namespace
 
 MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget) {
-    const std::string& wish = config.train.effective_weights;
     auto fits = [&](const MemoryPlan& plan) { return budget == 0 || plan.total <= budget; };
     int64_t most_tokens = kind == DeviceKind::cuda ? kMostTokensCuda : kMostTokensCpu;
     std::vector<int64_t> candidates;
@@ -106,17 +114,22 @@ MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget) {
     for (int64_t candidate : candidates) {
         Config trial = config;
         trial.train.micro_batch = candidate;
-        // A rebuilt W_eff is cheap next to a larger micro-batch, so size comes first and the cache takes what is left.
-        MemoryPlan plan = plan_memory(trial, kind, wish == "cached");
-        smallest = plan;
-        if (!fits(plan)) continue;
-        if (wish == "auto" && config.low_rank()) {
-            MemoryPlan cached = plan_memory(trial, kind, true);
-            if (fits(cached)) plan = cached;
+        std::vector<std::string> ways{config.train.effective_weights};
+        bool choose_way = ways[0] == "auto";
+        if (choose_way) ways = without_cache(trial);
+        // W_eff made anew is cheap next to a larger micro-batch, so size comes first and the cache takes what is left.
+        for (const std::string& way : ways) {
+            trial.train.effective_weights = way;
+            MemoryPlan plan = smallest = plan_memory(trial, kind);
+            if (!fits(plan)) continue;
+            config = trial;
+            if (!choose_way || !config.low_rank()) return plan;
+            trial.train.effective_weights = "cached";
+            MemoryPlan cached = plan_memory(trial, kind);
+            if (!fits(cached)) return plan;
+            config = trial;
+            return cached;
         }
-        config.train.micro_batch = candidate;
-        config.train.effective_weights = plan.cache_effective ? "cached" : "rebuilt";
-        return plan;
     }
     throw UserError(format("does not fit: %s planned at a micro-batch of %lld sequences, %s allowed; %s", amount(smallest.total).c_str(),
                            (long long)candidates.back(), amount(budget).c_str(), what_would_fit(config, kind, budget).c_str()));

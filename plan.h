@@ -12,7 +12,6 @@ struct MemoryPlan {
     std::vector<std::pair<std::string, int64_t>> lines;  // family or fixed cost, bytes
     int64_t scratch = 0;
     int64_t total = 0;
-    bool cache_effective = false;
 };
 
 // Bytes a device of this kind takes before any tensor: CUDA context and library handles (an estimate) and cuBLAS' workspace; 0 on a CPU.
@@ -21,10 +20,10 @@ int64_t library_bytes(DeviceKind kind);
 // Bytes a run may take: run.memory_budget, else what is free on its open device now; 0 (no limit) without either.
 int64_t memory_budget(const Config& config, const Device* device);
 
-// For a resolved micro-batch.
-MemoryPlan plan_memory(const Config& config, DeviceKind kind, bool cache_effective);
+// For a resolved micro-batch and resolved train.effective_weights.
+MemoryPlan plan_memory(const Config& config, DeviceKind kind);
 
-// Chooses train.micro_batch if it is auto and whether effective weights are kept, within `budget` bytes (0 = no limit), and writes both
+// Chooses train.micro_batch and train.effective_weights where they are auto, within `budget` bytes (0 = no limit), and writes both
 // into the configuration. Throws UserError if not even the smallest fits, saying what would make it fit.
 MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget);
 

@@ -72,7 +72,7 @@ Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, b
     train_data_ = std::make_unique<TokenDataset>(data_options(config_, config_.data.train, "train", config_.data.shuffle));
     if (!config_.data.val.empty()) val_data_ = std::make_unique<TokenDataset>(data_options(config_, config_.data.val, "val", false));
 
-    model_ = std::make_unique<Llama>(config_, device_, true, plan.cache_effective);
+    model_ = std::make_unique<Llama>(config_, device_, true);
     model_->allocate();
     device_.reserve_scratch(plan.scratch);
     sums_ = std::make_unique<StepSums>(device_, *model_, config_);
@@ -276,13 +276,13 @@ void Trainer::run() {
 std::unique_ptr<Llama> load_trained_model(Config& config, Device& device) {
     config.train.micro_batch = 1;
     CheckpointFile file = newest_checkpoint(config);
-    auto model = std::make_unique<Llama>(config, device, false, false);
+    auto model = std::make_unique<Llama>(config, device, false);
     model->allocate();
     Metadata metadata = load_checkpoint(device, file.path, saved_tensors_of(*model), LoadMode::weights);
     restore_counters(*model, metadata.at("parameters"));
     // A dry forward pass and a dry export tell the scratch they need.
     auto dry_device = Device::open_dry(device.kind());
-    Llama dry(config, *dry_device, false, false);
+    Llama dry(config, *dry_device, false);
     dry.allocate();
     dry.next_token_logits(std::vector<int32_t>(config.train.seq_len));
     std::vector<float> unused;

@@ -99,7 +99,7 @@ std::vector<Batch> random_batches(const Config& config) {
 class Run {
   public:
     Run(const Config& config, Device& device, const MemoryPlan& plan)
-        : config_(config), device_(device), model_(config_, device, true, plan.cache_effective), sums_(device, model_, config_), batches_(random_batches(config_)) {
+        : config_(config), device_(device), model_(config_, device, true), sums_(device, model_, config_), batches_(random_batches(config_)) {
         model_.allocate();
         device_.reserve_scratch(plan.scratch);
         model_.initialize(random_weights(config_));
@@ -183,7 +183,7 @@ json measure(const Options& options, Config config) {
         config.method.projection = config.method.projection == "gram" ? "subspace" : "gram";
         device = nullptr;  // gives its memory back
         device = Device::open(config.run.device);
-        MemoryPlan other = plan_memory(config, device->kind(), plan.cache_effective);
+        MemoryPlan other = plan_memory(config, device->kind());
         result["merges"][config.method.projection] = Run(config, *device, other).timed_merges(options.merges, plain);
     }
     return result;

@@ -4,6 +4,9 @@
 #include <cmath>
 #include <vector>
 
+#include "ops/rope.h"
+#include "runtime/profile.h"
+
 #ifdef WITH_CUDA
 #include "ops/attention_backward.cuh"
 #include "ops/attention_forward.cuh"
@@ -118,11 +121,12 @@ void forward_cuda(Device& device, Tensor o, Tensor lse, Tensor qkv, const Attent
     else attention::launch_forward<128>(args, int(s.batch), device.cuda().stream);
 }
 
-void backward_cuda(Device& device, Tensor dqkv, Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor row_sums, const AttentionShape& s) {
+void backward_cuda(Device& device, Tensor dqkv, Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor row_sums, const AttentionShape& s, Tensor rope) {
     check_cuda_shape(s);
+    CHECK_INTERNAL(rope.ld % 2 == 0 && reinterpret_cast<uintptr_t>(rope.data) % 8 == 0, "rope table at %p, ld %lld", rope.data, (long long)rope.ld);
     attention::BackwardArgs args{const_cast<bf16*>(aligned(dqkv, "dqkv")), dqkv.ld, aligned(d_o, "d_o"), d_o.ld, aligned(qkv, "qkv"), qkv.ld,
                                  aligned(o, "o"), o.ld, lse.as<float>(), row_sums.as<float>(), int(s.batch), int(s.seq), int(s.heads),
-                                 int(s.kv_heads), score_scale(s)};
+                                 int(s.kv_heads), score_scale(s), rope.as<float>(), rope.ld};
     if (s.head_dim == 64) attention::launch_backward<64>(args, device.cuda().stream);
     else attention::launch_backward<128>(args, device.cuda().stream);
 }
@@ -138,16 +142,29 @@ void check_shape(const AttentionShape& s, Tensor qkv_like, Tensor o_like, Tensor
 
 }  // namespace
 
+// Products of one causal pass over keys and values, by the convention of the FlashAttention papers: 2·seq²/2·head_dim for each of two.
+static double forward_flops(const AttentionShape& s) {
+    return 2.0 * double(s.batch * s.heads * s.head_dim) * double(s.seq) * double(s.seq);
+}
+
 void attention_forward(Device& device, Tensor o, Tensor lse, Tensor qkv, const AttentionShape& shape) {
     check_shape(shape, qkv, o, lse);
+    OperationTimer timer(device, "attention_forward", forward_flops(shape), double(qkv.bytes() + o.bytes() + lse.bytes()));
     ON_DEVICE(device, forward_cuda(device, o, lse, qkv, shape), forward_cpu(o, lse, qkv, shape));
 }
 
-void attention_backward(Device& device, Tensor dqkv, Tensor d_o, Tensor qkv, Tensor o, Tensor lse, const AttentionShape& shape) {
+void attention_backward(Device& device, Tensor dqkv, Tensor d_o, Tensor qkv, Tensor o, Tensor lse, const AttentionShape& shape, Tensor rope) {
     check_shape(shape, qkv, o, lse);
     check_shape(shape, dqkv, d_o, lse);
+    const bool rotate = rope.rows > 0;
+    CHECK_INTERNAL(!rotate || (rope.dtype == DType::f32 && rope.rows >= shape.seq && rope.cols == shape.head_dim && shape.head_dim % 2 == 0),
+                   "rope table %lld x %lld", (long long)rope.rows, (long long)rope.cols);
     ScratchScope scratch(device);
     Tensor row_sums = scratch.tensor("attention row sums", DType::f32, 1, shape.batch * shape.heads * shape.seq);
-    ON_DEVICE(device, backward_cuda(device, dqkv, d_o, qkv, o, lse, row_sums, shape),
-              backward_cpu(dqkv, d_o, qkv, o, lse, row_sums, shape));
+    OperationTimer timer(device, "attention_backward", 2.5 * forward_flops(shape), double(2 * qkv.bytes() + 2 * o.bytes() + lse.bytes()));
+    auto on_cpu = [&] {
+        backward_cpu(dqkv, d_o, qkv, o, lse, row_sums, shape);
+        if (rotate) rope_inplace(device, dqkv, rope, shape.seq, shape.heads, shape.kv_heads, shape.head_dim, true);
+    };
+    ON_DEVICE(device, backward_cuda(device, dqkv, d_o, qkv, o, lse, row_sums, shape, rope), on_cpu());
 }

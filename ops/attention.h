@@ -13,4 +13,6 @@ struct AttentionShape {
 void attention_forward(Device& device, Tensor o, Tensor lse, Tensor qkv, const AttentionShape& shape);
 
 // dqkv: like qkv, written (=). d_o, o: like o. Scratch: batch·heads·seq fp32 (row sums of dO∘O) and what the kernel needs.
-void attention_backward(Device& device, Tensor dqkv, Tensor d_o, Tensor qkv, Tensor o, Tensor lse, const AttentionShape& shape);
+// rope: empty, or the f32 table of ops/rope.h (≥ seq, head_dim) that q and k were rotated by. With it dq and dk are rotated back on
+// their way out: the same bits as rope_inplace(…, inverse = true) on dqkv afterwards, without its trip through memory.
+void attention_backward(Device& device, Tensor dqkv, Tensor d_o, Tensor qkv, Tensor o, Tensor lse, const AttentionShape& shape, Tensor rope = {});

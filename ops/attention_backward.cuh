@@ -22,6 +22,8 @@ struct BackwardArgs {
     float* row_sums;  // D, indexed like lse
     int batch, seq, heads, kv_heads;
     float scale;
+    const float* rope;  // null: dq and dk are stored as they are
+    int64_t ld_rope;
 };
 
 // Grid (x, batch); D/8 lanes per (token, head), 16 bytes each.
@@ -186,7 +188,8 @@ template <int D> __global__ void __launch_bounds__(kThreads, D == 64 ? 3 : 2) ke
     }
 
     bf16* out = args.dqkv + first_row * args.ld_dqkv;
-    const float scale[2] = {args.scale, args.scale}, one[2] = {1, 1};
+    const float one[2] = {1, 1}, scale[2] = {args.rope ? 1 : args.scale, args.rope ? 1 : args.scale};
+    if (args.rope) rotate_back<D>(dk, args.scale, args.rope, args.ld_rope, row0, args.seq, at);
     store_rows<D>(shared.k, dk, scale, out + k_column, args.ld_dqkv, row0, args.seq, at);
     store_rows<D>(shared.v, dv, one, out + v_column, args.ld_dqkv, row0, args.seq, at);
 }
@@ -273,7 +276,8 @@ template <int D> __global__ void __launch_bounds__(kThreads, D == 64 ? 3 : 2) qu
         __syncthreads();  // before this stage is overwritten
     }
 
-    const float scale[2] = {args.scale, args.scale};
+    const float scale[2] = {args.rope ? 1 : args.scale, args.rope ? 1 : args.scale};
+    if (args.rope) rotate_back<D>(dq, args.scale, args.rope, args.ld_rope, row0, args.seq, at);
     store_rows<D>(shared.q, dq, scale, args.dqkv + first_row * args.ld_dqkv + head * D, args.ld_dqkv, row0, args.seq, at);
 }
 

@@ -1,6 +1,7 @@
 // What the attention kernels share: 64-row bf16 tiles in shared memory, and the warp-level matrix instructions on them.
 // A block is four warps; warp w owns rows 16w .. 16w+15 of the block's result, so no warp needs another's accumulators.
 #pragma once
+#include "ops/rope_rotation.h"
 #include "runtime/bfloat16.h"
 #include "runtime/cuda_context.h"
 
@@ -129,6 +130,28 @@ __device__ __forceinline__ void store_rows(bf16* tile, const float (&c)[D / 8][4
         int index = i * 32 + at.lane, r = 16 * at.warp + index / kChunks, chunk = index % kChunks;
         if (row0 + r < rows)
             *reinterpret_cast<uint4*>(dst + int64_t(row0 + r) * ld + chunk * 8) = *reinterpret_cast<const uint4*>(tile + swizzled<D>(r, chunk));
+    }
+}
+
+// Rotates a warp's 16×D gradient back by the angles of its rows, as the two-step form does: times `scale`, rounded to bf16, turned in
+// fp32. What is stored next rounds once more. table: cos | sin, ld floats per position; rows ≥ `rows` are left alone.
+template <int D>
+__device__ __forceinline__ void rotate_back(float (&c)[D / 8][4], float scale, const float* table, int64_t ld, int row0, int rows, const Lane& at) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = row0 + 16 * at.warp + at.g + 8 * half;
+        if (row >= rows) continue;
+        const float* angles = table + row * ld + 2 * at.t;
+#pragma unroll
+        for (int n = 0; n < D / 16; ++n) {
+            const float2 cosine = *reinterpret_cast<const float2*>(angles + 8 * n), sine = *reinterpret_cast<const float2*>(angles + D / 2 + 8 * n);
+            float *first = &c[n][2 * half], *second = &c[n + D / 16][2 * half];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                first[e] = to_float(to_bf16(first[e] * scale)), second[e] = to_float(to_bf16(second[e] * scale));
+                rotate_pair(first[e], second[e], e ? cosine.y : cosine.x, e ? -sine.y : -sine.x);
+            }
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "ops/row_kernels.h"
+#include "runtime/profile.h"
 
 namespace {
 
@@ -32,7 +33,8 @@ void forward_cpu(Tensor y, Tensor rstd, Tensor x, Tensor w, float eps) {
     }
 }
 
-void backward_cpu(Tensor dx, Tensor dw, Tensor dy, Tensor x, Tensor w, Tensor rstd, Tensor partial) {
+// Element c of a row reads dy before it writes normed, so the two may be one.
+void backward_cpu(Tensor dx, Tensor dw, Tensor dy, Tensor x, Tensor w, Tensor rstd, Tensor normed, bool accumulate, Tensor partial) {
     const int64_t h = x.cols, workers = partial.rows;
 #pragma omp parallel for
     for (int64_t b = 0; b < workers; ++b) {
@@ -46,12 +48,17 @@ void backward_cpu(Tensor dx, Tensor dw, Tensor dy, Tensor x, Tensor w, Tensor rs
 #pragma omp simd reduction(+ : dot)
             for (int64_t c = 0; c < h; ++c) dot += weight[c] * grad[c] * (in[c] * rho);
             const float mean = dot / float(h);
+            if (!accumulate) std::fill(out, out + h, 0.0f);
 #pragma omp simd
             for (int64_t c = 0; c < h; ++c) {
                 float normalized = in[c] * rho;
                 out[c] += rho * (weight[c] * grad[c] - normalized * mean);
                 dw_part[c] += grad[c] * normalized;
             }
+            if (!normed) continue;
+            float* y = normed.as<float>() + t * normed.ld;
+#pragma omp simd
+            for (int64_t c = 0; c < h; ++c) y[c] = weight[c] * (in[c] * rho);
         }
     }
     for (int64_t b = 0; b < workers; ++b) {
@@ -140,7 +147,7 @@ constexpr int kBackwardThreads = 320;  // at most; 5120 columns are two groups o
 template <int N, int kGroups>
 __global__ void __launch_bounds__(kBackwardThreads)
     backward_kernel(bf16* dx, int64_t ld_dx, float* partial, const bf16* dy, int64_t ld_dy, const bf16* x, int64_t ld_x, const float* w,
-                    const float* rstd, int64_t rows, int cols) {
+                    const float* rstd, bf16* normed, int64_t ld_normed, bool accumulate, int64_t rows, int cols) {
     __shared__ float warp_dots[2][kBackwardThreads / kWarp];  // two in turn: one barrier per row is then enough
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     float dw[kGroups][N] = {};
@@ -154,7 +161,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
             if (c < cols) {
                 load_n(x + t * ld_x + c, normalized[i]);
                 load_n(dy + t * ld_dy + c, g[i]);
-                load_n(dx + t * ld_dx + c, out[i]);
+                if (accumulate) load_n(dx + t * ld_dx + c, out[i]);
             }
         }
         float dot = 0;
@@ -162,15 +169,17 @@ __global__ void __launch_bounds__(kBackwardThreads)
         for (int i = 0; i < kGroups; ++i) {
             const int c = (i * blockDim.x + threadIdx.x) * N;
             if (c < cols) {
-                float weight[N];
+                float weight[N], y[N];
                 load_n(w + c, weight);
 #pragma unroll
                 for (int k = 0; k < N; ++k) {
                     normalized[i][k] *= rho;
+                    y[k] = weight[k] * normalized[i][k];
                     dw[i][k] += g[i][k] * normalized[i][k];
                     g[i][k] *= weight[k];
                     dot += g[i][k] * normalized[i][k];
                 }
+                if (normed) store_n(normed + t * ld_normed + c, y);  // this thread has read its part of dy, which normed may be
             }
         }
         dot = warp_sum(dot);
@@ -184,7 +193,10 @@ __global__ void __launch_bounds__(kBackwardThreads)
             const int c = (i * blockDim.x + threadIdx.x) * N;
             if (c < cols) {
 #pragma unroll
-                for (int k = 0; k < N; ++k) out[i][k] += rho * (g[i][k] - normalized[i][k] * mean);
+                for (int k = 0; k < N; ++k) {
+                    const float d = rho * (g[i][k] - normalized[i][k] * mean);
+                    out[i][k] = accumulate ? out[i][k] + d : d;
+                }
                 store_n(dx + t * ld_dx + c, out[i]);
             }
         }
@@ -212,14 +224,16 @@ __global__ void __launch_bounds__(1024) add_column_sums_kernel(float* out, const
     if (threadIdx.x == 0 && column < cols) out[column] += sum;
 }
 
-void backward_cuda(CudaContext& cuda, Tensor dx, Tensor dw, Tensor dy, Tensor x, Tensor w, Tensor rstd, Tensor partial) {
+void backward_cuda(CudaContext& cuda, Tensor dx, Tensor dw, Tensor dy, Tensor x, Tensor w, Tensor rstd, Tensor normed, bool accumulate, Tensor partial) {
     if (x.rows == 0) return;
-    const bool aligned = aligned_rows(x) && aligned_rows(dy) && aligned_rows(dx) && aligned_rows(w) && x.cols % kVector == 0;
+    const bool aligned = aligned_rows(x) && aligned_rows(dy) && aligned_rows(dx) && aligned_rows(w) && x.cols % kVector == 0 &&
+                         (!normed || aligned_rows(normed));
     auto launch = [&](auto kernel, int width, int groups) {
         const unsigned threads = unsigned(round_up(ceil_div(x.cols, width * groups), kWarp));
         CHECK_INTERNAL(threads <= kBackwardThreads, "rmsnorm over %lld columns: at most %d", (long long)x.cols, kBackwardThreads * width * groups);
         kernel<<<unsigned(partial.rows), threads, 0, cuda.stream>>>(dx.as<bf16>(), dx.ld, partial.as<float>(), dy.as<bf16>(), dy.ld, x.as<bf16>(),
-                                                                    x.ld, w.as<float>(), rstd.as<float>(), x.rows, int(x.cols));
+                                                                    x.ld, w.as<float>(), rstd.as<float>(), normed ? normed.as<bf16>() : nullptr, normed.ld, accumulate,
+                                                                    x.rows, int(x.cols));
         LAUNCH_CHECK();
     };
     const int64_t groups = ceil_div(x.cols, kVector * kBackwardThreads);
@@ -238,15 +252,20 @@ void backward_cuda(CudaContext& cuda, Tensor dx, Tensor dw, Tensor dy, Tensor x,
 void rmsnorm_forward(Device& device, Tensor y, Tensor rstd, Tensor x, Tensor w, float eps) {
     CHECK_INTERNAL(y.rows == x.rows && y.cols == x.cols && rstd.cols == x.rows && w.cols == x.cols, "x %lld × %lld, y %lld × %lld, rstd %lld, w %lld",
                    (long long)x.rows, (long long)x.cols, (long long)y.rows, (long long)y.cols, (long long)rstd.cols, (long long)w.cols);
+    OperationTimer timer(device, "rmsnorm_forward", 0, 2.0 * double(x.numel()) * size_of(x.dtype));
     ON_DEVICE(device, forward_cuda(device.cuda(), y, rstd, x, w, eps), forward_cpu(y, rstd, x, w, eps));
 }
 
-void rmsnorm_backward(Device& device, Tensor dx, Tensor dw, Tensor dy, Tensor x, Tensor w, Tensor rstd) {
+void rmsnorm_backward(Device& device, Tensor dx, Tensor dw, Tensor dy, Tensor x, Tensor w, Tensor rstd, Tensor normed, bool accumulate) {
     CHECK_INTERNAL(dx.rows == x.rows && dx.cols == x.cols && dy.rows == x.rows && dy.cols == x.cols && rstd.cols == x.rows && w.cols == x.cols &&
                        dw.cols == x.cols,
                    "x %lld × %lld, dx %lld × %lld, dy %lld × %lld, w %lld", (long long)x.rows, (long long)x.cols, (long long)dx.rows,
                    (long long)dx.cols, (long long)dy.rows, (long long)dy.cols, (long long)w.cols);
+    CHECK_INTERNAL(!normed || (normed.rows == x.rows && normed.cols == x.cols), "x %lld × %lld, normed %lld × %lld", (long long)x.rows,
+                   (long long)x.cols, (long long)normed.rows, (long long)normed.cols);
     ScratchScope scratch(device);
     Tensor partial = scratch.tensor("rmsnorm weight gradient", DType::f32, worker_count(device.is_cuda(), x.rows, x.cols), x.cols);
-    ON_DEVICE(device, backward_cuda(device.cuda(), dx, dw, dy, x, w, rstd, partial), backward_cpu(dx, dw, dy, x, w, rstd, partial));
+    OperationTimer timer(device, "rmsnorm_backward", 0, double(x.numel()) * size_of(x.dtype) * (3 + accumulate + bool(normed)));
+    ON_DEVICE(device, backward_cuda(device.cuda(), dx, dw, dy, x, w, rstd, normed, accumulate, partial),
+              backward_cpu(dx, dw, dy, x, w, rstd, normed, accumulate, partial));
 }

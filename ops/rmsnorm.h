@@ -5,7 +5,9 @@
 // y, x: (T, h) activation dtype; w: (1, h) f32; rstd: (1, T) f32, written with ρ (needed by backward).
 void rmsnorm_forward(Device& device, Tensor y, Tensor rstd, Tensor x, Tensor w, float eps);
 
-// dx += ρ(g − x̂·mean(g∘x̂)), g = w∘dy, x̂ = x·ρ   (accumulates: dx is the gradient of the residual stream)
+// dx += ρ(g − x̂·mean(g∘x̂)), g = w∘dy, x̂ = x·ρ   (dx is the gradient of the residual stream; with accumulate = false: dx = …, its
+//                                                  old contents are not read)
 // dw += Σ_t dy∘x̂                                  (f32, fixed-order two-stage sum: bit-identical from run to run)
-// dx, dy, x: (T, h) activation dtype; w, dw: (1, h) f32; rstd: (1, T) f32. Scratch: a few hundred rows of h fp32.
-void rmsnorm_backward(Device& device, Tensor dx, Tensor dw, Tensor dy, Tensor x, Tensor w, Tensor rstd);
+// normed, if given, ← w∘x̂: the forward's y once more, to the bit, for whoever needs it as the input of a product. It may be dy itself.
+// dx, dy, x, normed: (T, h) activation dtype; w, dw: (1, h) f32; rstd: (1, T) f32. Scratch: a few hundred rows of h fp32.
+void rmsnorm_backward(Device& device, Tensor dx, Tensor dw, Tensor dy, Tensor x, Tensor w, Tensor rstd, Tensor normed = {}, bool accumulate = true);

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "ops/rope_rotation.h"
 #include "ops/row_kernels.h"
 
 std::vector<float> rope_table(int64_t positions, int64_t head_dim, double base) {
@@ -60,11 +61,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
         load_n(table + j, cosine);
         load_n(table + half + j, sine);
 #pragma unroll
-        for (int k = 0; k < N; ++k) {
-            const float s = sign * sine[k], old = a[k];
-            a[k] = old * cosine[k] - b[k] * s;
-            b[k] = b[k] * cosine[k] + old * s;
-        }
+        for (int k = 0; k < N; ++k) rotate_pair(a[k], b[k], cosine[k], sign * sine[k]);
         store_n(first, a);
         store_n(first + half, b);
     }

@@ -6,4 +6,5 @@
 void swiglu_forward(Device& device, Tensor a, Tensor gate_up);
 
 // dgate_up = [da·u·σ(g)(1 + g(1−σ(g))) | da·g·σ(g)]. dgate_up may be gate_up itself. da: (T, f).
-void swiglu_backward(Device& device, Tensor dgate_up, Tensor gate_up, Tensor da);
+// a, if given, ← silu(g)∘u: what the forward gave, to the bit. It may be da itself.
+void swiglu_backward(Device& device, Tensor dgate_up, Tensor gate_up, Tensor da, Tensor a = {});

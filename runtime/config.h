@@ -45,7 +45,7 @@ struct TrainConfig {
     int64_t steps = 10000, seq_len = 256, batch = 512 /* sequences per optimizer step */, micro_batch = 0 /* 0 = auto */;
     int64_t seed = 42;
     std::string gradients = "fp32";      // fp32 | bf16: storage of accumulated gradients
-    std::string effective_weights = "auto";  // auto | cached | rebuilt
+    std::string effective_weights = "auto";  // auto | cached | rebuilt | factored
 };
 
 struct EvalConfig {
@@ -124,7 +124,7 @@ template <class C, class Visitor> void visit_config(C& c, Visitor&& v) {
     v("train.micro_batch", c.train.micro_batch, "sequences per forward pass; auto (0) = the most that fits", "");
     v("train.seed", c.train.seed, "seed of initialization, data order and rounding", "");
     v("train.gradients", c.train.gradients, "storage of accumulated gradients", "fp32|bf16");
-    v("train.effective_weights", c.train.effective_weights, "keep W + s·P·B for the whole step, or rebuild it for every use", "auto|cached|rebuilt");
+    v("train.effective_weights", c.train.effective_weights, "W + s·P·B: kept for the whole step, rebuilt for every use, or never formed (factored)", "auto|cached|rebuilt|factored");
     v("eval.every", c.eval.every, "steps between evaluations; 0 = only at the end", "");
     v("eval.sequences", c.eval.sequences, "validation sequences per evaluation; 0 = all", "");
     v("eval.official_perplexity", c.eval.official_perplexity, "also report the official code's perplexity, biased by n/(n+1)", "");

@@ -63,8 +63,7 @@ struct SmallModel {
     Llama model;
     StepSums sums;
 
-    SmallModel(Device& d, const Config& c, const WeightSource& source, bool cache = false)
-        : device(d), config(c), model(c, d, true, cache), sums(d, model, c) {
+    SmallModel(Device& d, const Config& c, const WeightSource& source) : device(d), config(c), model(c, d, true), sums(d, model, c) {
         model.allocate();
         model.initialize(source);
     }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "ops/rope.h"
 #include "test/support.h"
 #ifdef _OPENMP
 #include <omp.h>
@@ -113,7 +114,7 @@ struct Run {
           d_o(dev, dev.activation_dtype(), s.batch * s.seq, s.heads * s.head_dim, d_o_values, s.heads * s.head_dim + 2 * pad),
           d_qkv(dev, dev.activation_dtype(), s.batch * s.seq, s.qkv_cols(), s.qkv_cols() + pad) {}
     void forward() { attention_forward(device, o, lse, qkv, s); }
-    void backward() { attention_backward(device, d_qkv, d_o, qkv, o, lse, s); }
+    void backward(Tensor rope = {}) { attention_backward(device, d_qkv, d_o, qkv, o, lse, s, rope); }
 };
 
 struct Limits {
@@ -217,6 +218,25 @@ void compare_large_scores(Device& device, int64_t head_dim, Limits limits) {
     CHECK(relative_error(d_qkv, reference.d_qkv) < 0.02);
 }
 
+// Rotating on the way out gives the bits of rotating afterwards.
+void compare_rotated(Device& device, const AttentionShape& s, uint64_t seed) {
+    INFO("seed " << seed << " batch " << s.batch << " seq " << s.seq << " heads " << s.heads << "/" << s.kv_heads << " head_dim " << s.head_dim);
+    std::mt19937_64 rng(seed);
+    auto qkv = random_normal(rng, s.batch * s.seq * s.qkv_cols()), d_o = random_normal(rng, s.batch * s.seq * s.heads * s.head_dim);
+    Run run(device, s, qkv, d_o, rng() % 2 ? 8 : 0);
+    const int64_t positions = s.seq + int64_t(rng() % 3);
+    OnDevice table(device, DType::f32, positions, s.head_dim, rope_table(positions, s.head_dim, 10000), s.head_dim + (rng() % 2 ? 4 : 0));
+    run.forward();
+    run.backward();
+    const auto straight = run.d_qkv.raw<uint16_t>();
+    rope_inplace(device, run.d_qkv, table, s.seq, s.heads, s.kv_heads, s.head_dim, true);
+    const auto two_steps = run.d_qkv.raw<uint16_t>();
+    run.d_qkv.write(std::vector<float>(s.batch * s.seq * s.qkv_cols(), NAN));
+    run.backward(table);
+    CHECK(run.d_qkv.raw<uint16_t>() == two_steps);
+    CHECK((s.seq == 1 || two_steps != straight));
+}
+
 }  // namespace
 
 TEST_CASE("the attention reference's gradient is its finite difference", "[attention]") {
@@ -252,6 +272,13 @@ TEST_CASE("attention on the CPU survives large scores", "[attention]") {
     for (int64_t head_dim : {8, 64}) compare_large_scores(*device, head_dim, kCpuLimits);
 }
 
+TEST_CASE("attention's backward on the CPU rotates on the way out", "[attention]") {
+    auto device = test_device("cpu");
+    const uint64_t seed = fresh_seed();
+    compare_rotated(*device, {2, 19, 4, 2, 6}, seed);
+    compare_rotated(*device, {3, 33, 2, 2, 64}, seed + 1);
+}
+
 TEST_CASE("attention counts its scratch on a dry device", "[attention]") {
     const AttentionShape s{3, 100, 4, 2, 64};
     for (DeviceKind kind : {DeviceKind::cpu, DeviceKind::cuda}) {
@@ -271,6 +298,8 @@ TEST_CASE("attention rejects tensors that do not fit the shape", "[attention]") 
     const AttentionShape s{1, 4, 2, 1, 8};
     OnDevice o(*device, DType::f32, 4, 16), lse(*device, DType::f32, 1, 8), qkv(*device, DType::f32, 4, 24);
     CHECK_THROWS_AS(attention_forward(*device, o, lse, qkv, s), InternalError);
+    OnDevice fitting(*device, DType::f32, 4, 32), d_qkv(*device, DType::f32, 4, 32), short_table(*device, DType::f32, 3, 8);
+    CHECK_THROWS_AS(attention_backward(*device, d_qkv, o, fitting, o, lse, s, short_table), InternalError);
 }
 
 TEST_CASE("attention on the GPU matches fp64 loops", "[attention][gpu]") {
@@ -280,6 +309,13 @@ TEST_CASE("attention on the GPU matches fp64 loops", "[attention][gpu]") {
     const uint64_t seed = fresh_seed();
     for (int64_t head_dim : {64, 128})
         for (int64_t seq : {31, 64, 97, 193}) compare(*device, {2, seq, 4, 2, head_dim}, seed + seq, kGpuLimits);
+}
+
+TEST_CASE("attention's backward on the GPU rotates on the way out", "[attention][gpu]") {
+    auto device = test_device("cuda");
+    const uint64_t seed = fresh_seed();
+    for (int64_t head_dim : {64, 128})
+        for (int64_t seq : {1, 31, 64, 129, 256, 515}) compare_rotated(*device, {2, seq, 4, seq % 2 ? 4 : 2, head_dim}, seed + seq);
 }
 
 TEST_CASE("attention on the GPU survives large scores", "[attention][gpu]") {

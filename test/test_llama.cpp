@@ -226,8 +226,9 @@ void check_determinism(Device& device, const std::string& directory) {
     ReferenceModel reference(directory, c.model.vocab);
     WeightSource source = huggingface_weights(c, directory);
     std::vector<std::vector<float>> first;
-    for (bool cached : {false, true}) {  // keeping W_eff changes no bit either
-        SmallModel m(device, c, source, cached);
+    for (const char* way : {"rebuilt", "rebuilt", "cached"}) {  // keeping W_eff changes no bit either
+        c.train.effective_weights = way;
+        SmallModel m(device, c, source);
         warm_up(m, reference.batch, source, 2);
         m.pass(reference.batch);
         std::vector<std::vector<float>> gradients;
@@ -319,7 +320,7 @@ TEST_CASE("export: a dry run counts the scratch of merging an adapter", "[loqt]"
     c.method.rank = 512;
     c.train.batch = c.train.micro_batch = 1, c.train.seq_len = 16;
     auto device = Device::open_dry(DeviceKind::cuda);
-    Llama model(c, *device, false, false);
+    Llama model(c, *device, false);
     model.allocate();
     std::vector<float> unused;
     for (auto& t : model.exported_tensors()) t.read(unused);
@@ -329,6 +330,6 @@ TEST_CASE("llama: a head size without a GPU kernel is the user's mistake", "[lla
     Config c;
     c.model.hidden = 96, c.model.heads = 3, c.train.micro_batch = 1;
     auto cpu = Device::open_dry(DeviceKind::cpu), cuda = Device::open_dry(DeviceKind::cuda);
-    CHECK_NOTHROW(Llama(c, *cpu, true, false));
-    CHECK_THROWS_AS(Llama(c, *cuda, true, false), UserError);
+    CHECK_NOTHROW(Llama(c, *cpu, true));
+    CHECK_THROWS_AS(Llama(c, *cuda, true), UserError);
 }

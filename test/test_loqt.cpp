@@ -43,8 +43,9 @@ struct Case {
     std::vector<int64_t> outs;
 };
 
-void check_group(Device& device, const Case& shape, const std::string& method, double limit, std::mt19937_64& rng) {
+void check_group(Device& device, const Case& shape, const std::string& method, const std::string& effective_weights, double limit, std::mt19937_64& rng) {
     Config c;
+    c.train.effective_weights = effective_weights;
     c.method.name = method;
     c.method.rank = 8;
     c.method.scale = 0.5;
@@ -55,7 +56,7 @@ void check_group(Device& device, const Case& shape, const std::string& method, d
     TensorTable table;
     LinearGroup group;
     group.configure(c, shape.in, specs);
-    group.register_tensors(Registration{table, device, c, true, false});
+    group.register_tensors(Registration{table, device, c, true});
     table.allocate(device);
     std::map<std::string, std::vector<float>> weights;
     WeightSource source = [&](const std::string& name, int64_t rows, int64_t cols, float* out) {
@@ -73,20 +74,22 @@ void check_group(Device& device, const Case& shape, const std::string& method, d
     ProjectionPass merging;
     merging.active = method != "full";
     MergeStatistics statistics;
-    group.backward(device, dx_t, dy_t, x_t, merging);
+    group.input_gradient(device, dx_t, dy_t);
+    group.parameter_gradients(device, dy_t, x_t, merging);
     if (merging.active) {
         group.reinitialize(device, 0, &source, statistics);
         CHECK(statistics.failed == 0);
     }
     table.zero_family(device, Family::gradients);
     group.forward(device, y_t, x_t);
-    group.backward(device, dx_t, dy_t, x_t, ProjectionPass{});
+    group.input_gradient(device, dx_t, dy_t);
+    group.parameter_gradients(device, dy_t, x_t, ProjectionPass{});
 
     std::vector<float> y = y_t.read(), dx = dx_t.read();
     Matrix expected_dx(T * shape.in, 0.0), xd;
     for (float v : logical(x, T, group.in_padded(), 0, shape.in)) xd.push_back(v);
     for (Linear& l : group.linears()) {
-        INFO(method << " in " << l.in << " out " << l.out << (l.right ? " right" : " left") << " T " << T);
+        INFO(method << " " << effective_weights << " in " << l.in << " out " << l.out << (l.right ? " right" : " left") << " T " << T);
         std::vector<float> effective;
         group.read_effective(device, l, effective);
         Matrix w(effective.begin(), effective.end()), dyd;
@@ -136,7 +139,9 @@ void check_all(Device& device, double limit) {
     std::mt19937_64 rng(seed);
     const Case cases[] = {{64, {64, 32, 32}}, {64, {171, 171}}, {171, {64}}, {64, {64}}, {128, {344, 344}}, {344, {128}}};
     for (const Case& shape : cases)
-        for (const char* method : {"full", "loqt", "loqt-nq"}) check_group(device, shape, method, limit, rng);
+        for (const char* method : {"full", "loqt", "loqt-nq"})
+            for (const char* way : {"cached", "rebuilt", "factored"})
+                if (std::string(method) != "full" || std::string(way) == "rebuilt") check_group(device, shape, method, way, limit, rng);
 }
 
 }  // namespace

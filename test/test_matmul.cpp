@@ -140,8 +140,8 @@ TEST_CASE("matmul on the GPU equals fp64 for bf16 and true fp32", "[matmul][gpu]
 
 TEST_CASE("matmul on the GPU gives the same bits every time, from every device", "[matmul][gpu]") {
     std::mt19937_64 rng(fresh_seed());
-    // A long sum with a small result invites split-K.
-    const int64_t shapes[][3] = {{64, 64, 16384}, {512, 512, 4096}, {1376, 128, 2048}, {100, 333, 517}};
+    // A long sum with a small result invites split-K; from 1e9 FLOPs on the algorithm is chosen by timing.
+    const int64_t shapes[][3] = {{64, 64, 16384}, {512, 512, 4096}, {1376, 128, 2048}, {100, 333, 517}, {512, 128, 32768}, {4096, 1376, 512}};
     for (auto& s : shapes)
         for (DType type : {DType::bf16, DType::f32}) {
             INFO(s[0] << " " << s[1] << " " << s[2] << " " << safetensors_name(type));
@@ -181,4 +181,28 @@ TEST_CASE("matmul of fp32 in TF32 has TF32's error, and bf16 inputs do not care"
     CHECK(tf32 > 2e-5);  // else it was not TF32
     CHECK(error_of(DType::bf16, round_to_bf16(a), round_to_bf16(b)) < 2e-6);
     CHECK(error_of(DType::f32, round_to_bf16(a), round_to_bf16(b)) < 2e-6);  // exact in TF32
+}
+
+TEST_CASE("matmul keeps its bits and C when it chooses an algorithm by timing", "[matmul][gpu]") {
+    uint64_t seed = fresh_seed();
+    INFO("seed " << seed);
+    std::mt19937_64 rng(seed);
+    check_product(*test_device("cuda"), rng, {1100, 904, 600, 8, 8, 0.5f, 1, false}, Op::transpose, Op::none, DType::bf16, DType::f32);
+    check_product(*test_device("cuda"), rng, {1100, 904, 600, 0, 0, 1, 1, true}, Op::none, Op::transpose, DType::bf16, DType::bf16);
+
+    // Zeros say nothing about the order of sums: a device that saw them first gives the bits of one that did not.
+    const int64_t m = 512, n = 256, k = 16384;
+    std::vector<float> a = random_normal(rng, m * k), b = random_normal(rng, k * n), c = random_normal(rng, m * n), results[2];
+    for (int zeros_first = 0; zeros_first < 2; ++zeros_first) {
+        auto device = test_device("cuda");
+        OnDevice da(*device, DType::bf16, m, k, a), db(*device, DType::bf16, k, n, b), zero(*device, DType::bf16, k, n, std::vector<float>(k * n, 0.0f)),
+            d(*device, DType::f32, m, n, c);
+        if (zeros_first) {
+            matmul(*device, d, 1.0f, da, Op::none, zero, Op::none, 1.0f);
+            CHECK(d.read() == c);
+        }
+        for (int run = 0; run < 3; ++run) matmul(*device, d, 1.0f, da, Op::none, db, Op::none, 1.0f);
+        results[zeros_first] = d.read();
+    }
+    CHECK(results[0] == results[1]);
 }

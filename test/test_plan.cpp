@@ -28,7 +28,7 @@ TEST_CASE("plan: weights and moments of the 7B preset agree with the sums in doc
     const double lin = 6476005376.0, p = 939524096.0, b = 1619001344.0, e = 262410240.0, q = 0.515869, gib = double(int64_t(1) << 30);
     Config c = preset("7b");
     c.train.micro_batch = 1;
-    MemoryPlan plan = plan_memory(c, DeviceKind::cuda, false);
+    MemoryPlan plan = plan_memory(c, DeviceKind::cuda);
     CHECK(gib_of(plan, "frozen weights") == Approx(q * (lin + p) / gib).epsilon(1e-3));
     CHECK(gib_of(plan, "trained weights") == Approx(2 * (b + e) / gib).epsilon(1e-3));
     CHECK(gib_of(plan, "gradients") == Approx(2 * (b + e) / gib).epsilon(1e-3));
@@ -48,7 +48,7 @@ TEST_CASE("plan: auto takes the largest micro-batch that fits", "[plan]") {
             CHECK(c.train.batch % c.train.micro_batch == 0);
             Config larger = preset(name);
             larger.train.micro_batch = 2 * c.train.micro_batch;
-            if (larger.train.micro_batch <= larger.train.batch) CHECK(plan_memory(larger, DeviceKind::cuda, false).total > budget);
+            if (larger.train.micro_batch <= larger.train.batch) CHECK(plan_memory(larger, DeviceKind::cuda).total > budget);
         }
 }
 
@@ -73,4 +73,22 @@ TEST_CASE("plan: what it says would fit does fit", "[plan]") {
             }
         }
     CHECK(advised >= 4);
+}
+
+TEST_CASE("plan: effective weights are kept where they fit, else in the form that needs fewer FLOPs", "[plan]") {
+    auto way = [](const char* name, int64_t micro_batch, double gib) {
+        Config c = preset(name);
+        c.train.micro_batch = micro_batch;
+        choose_plan(c, DeviceKind::cuda, int64_t(gib * double(int64_t(1) << 30)));
+        return c.train.effective_weights;
+    };
+    CHECK(way("60m", 64, 40) == "cached");
+    // 7B in 24 GiB has no room for 12 GiB of effective weights; the break-even is near 3,000 tokens (docs/algorithm.md).
+    CHECK(way("7b", 8, 24) == "factored");
+    CHECK(way("1b", 1, 13) == "factored");
+    CHECK(way("1b", 16, 17) == "rebuilt");
+    Config full = preset("60m");
+    full.method.name = "full", full.train.micro_batch = 64;
+    choose_plan(full, DeviceKind::cuda, 0);
+    CHECK(full.train.effective_weights == "rebuilt");
 }

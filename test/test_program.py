@@ -280,6 +280,7 @@ class MethodTest(ProgramTest):
         "reset": ("--moments_at_merge", "reset"), "project": ("--moments_at_merge", "project"),
         "project int8": ("--moments_at_merge", "project", "--moments", "int8"), "single quantization": ("--double_quant", "false"),
         "no compensation": ("--compensation_rounds", 0), "bf16 gradients": ("--gradients", "bf16"), "rebuilt": ("--effective_weights", "rebuilt"),
+        "factored": ("--effective_weights", "factored"), "factored nq": ("--effective_weights", "factored", "--method.name", "loqt-nq"),
         "rows": ("--data.train", "rows", "--data.val", "rows", "--data.layout", "rows"),
     }
 
@@ -309,6 +310,9 @@ class MethodTest(ProgramTest):
     def test_same_loss_however_effective_weights_are_kept(self):
         cached, rebuilt = (self.train("--effective_weights", way) for way in ("cached", "rebuilt"))
         self.assert_same_run(cached, rebuilt)
+        factored = series(self.train("--effective_weights", "factored"))
+        for step, loss in series(cached).items():
+            self.assertAlmostEqual(float(factored[step]), float(loss), delta=0.02)
 
 
 if __name__ == "__main__":
