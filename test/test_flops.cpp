@@ -9,7 +9,7 @@ namespace {
 // Products of one optimizer step of a model that has merged once, attention aside: in units of one token.
 double booked_flops_per_token(const Config& config) {
     auto device = test_device("cpu");
-    SmallModel small(*device, config, random_weights(config), config.train.effective_weights == "cached");
+    SmallModel small(*device, config, random_weights(config));
     std::vector<Batch> batches(config.micro_batches());
     for (Batch& b : batches) {
         b.rows = config.train.micro_batch, b.seq = config.train.seq_len;
@@ -47,7 +47,7 @@ Config tiny_config(const std::string& method, const std::string& effective, int6
 TEST_CASE("FLOPs per token are those of a real step's products", "[flops]") {
     for (int64_t kv_heads : {2, 1})
         for (int64_t micro_batch : {4, 2})
-            for (auto [method, effective] : {std::pair<const char*, const char*>{"full", "cached"}, {"loqt", "cached"}, {"loqt", "rebuilt"}, {"loqt-nq", "rebuilt"}}) {
+            for (auto [method, effective] : {std::pair<const char*, const char*>{"full", "cached"}, {"loqt", "cached"}, {"loqt", "rebuilt"}, {"loqt", "factored"}, {"loqt-nq", "rebuilt"}}) {
                 INFO(method << ", effective weights " << effective << ", micro-batch " << micro_batch << ", kv heads " << kv_heads);
                 Config c = tiny_config(method, effective, micro_batch, kv_heads);
                 // Causal attention in the convention of the FlashAttention papers: half of 4·S·h forward, 2.5 times that backward.
@@ -75,7 +75,7 @@ TEST_CASE("the parameter count is that of the tensors", "[flops]") {
         c.method.name = "full", c.train.micro_batch = 1;
         validate_config(c);
         auto device = Device::open_dry(DeviceKind::cuda);
-        Llama model(c, *device, false, false);
+        Llama model(c, *device, false);
         int64_t count = 0;
         for (Parameter* p : model.parameters()) count += p->rows * p->cols;
         CHECK(parameter_count(c) == count);
