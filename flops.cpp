@@ -55,7 +55,7 @@ double data_sheet_flops(const std::string& name) {
         {"RTX 5090 D", 0}, {"RTX 5090", 209}, {"RTX 5080", 113}, {"RTX 5070 Ti", 88}, {"RTX 5070", 62},
         {"RTX 4090 D", 0}, {"RTX 4090", 165}, {"RTX 4080 SUPER", 104}, {"RTX 4080", 97}, {"RTX 4070 Ti SUPER", 88}, {"RTX 4070 Ti", 80},
         {"RTX 4070 SUPER", 71}, {"RTX 4070", 58}, {"RTX 4060 Ti", 44}, {"RTX 4060", 30},
-        {"RTX 3090 Ti", 80}, {"RTX 3090", 71}, {"RTX 3080 Ti", 68}, {"RTX 3080", 60}, {"RTX 3070 Ti", 43}, {"RTX 3070", 41}, {"RTX 3060 Ti", 32}};
+        {"RTX 3090 Ti", 80}, {"RTX 3090", 71}, {"RTX 3080 Ti", 68}, {"RTX 3080", 60}, {"RTX 3070 Ti", 43.5}, {"RTX 3070", 41}, {"RTX 3060 Ti", 32}};
     // Whole words: an "RTX A4000" is no "A40".
     auto in_word = [&](size_t i) { return i < name.size() && std::isalnum(static_cast<unsigned char>(name[i])); };
     for (const Entry& entry : table) {

@@ -2,10 +2,11 @@
 """Times full-rank training of a LLaMA in PyTorch, the peer of build/bench_step, and prints one JSON object.
 
 Pure low precision as it is commonly done: bf16 weights and gradients (fp32 on a CPU), fused AdamW, torch.compile, random tokens, no data loading.
-Two models: `lean`, a minimal LLaMA written for speed below, and `hf`, LlamaForCausalLM of transformers where that is installed. `lean` is timed
-at every micro-batch, `hf` at the one where `lean` is fastest. One optimizer step takes --batch sequences, accumulated over micro-batches.
+Two models: `lean`, a minimal LLaMA written for speed below, and `hf`, LlamaForCausalLM of transformers where that is installed. The first is timed
+at every micro-batch, the second at the one where the first is fastest. One optimizer step takes --batch sequences, accumulated over micro-batches.
 """
 import argparse
+import contextlib
 import gc
 import json
 import statistics
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-WARM_UP, LEAST_STEPS = 3, 5
+WARM_UP, LEAST_STEPS = 2, 5
+ATTENTION = {"default": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
 class Attention(nn.Module):
@@ -29,16 +31,16 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin):
         batch, seq, hidden = x.shape
-        q, k, v = self.qkv(x).view(batch, seq, 3, self.heads, hidden // self.heads).unbind(2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
+        q, k, v = self.qkv(x).view(batch, seq, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(batch, seq, hidden))
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of (batch, seq, heads, size): halves of the head are the two coordinates."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Rotary embedding of (batch, heads, seq, size); cos and sin: (seq, size). One concatenation, which the compiler fuses with the rest: rotating
+    the halves apart and joining them is slower."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
 class Feed(nn.Module):
@@ -64,20 +66,17 @@ class Block(nn.Module):
 
 
 class Lean(nn.Module):
-    """model: the section of a preset. Widths that no tensor core likes are padded up, as train_loqt pads them: it is faster so."""
+    """model: the section of a preset, but intermediate, which may be wider."""
 
-    def __init__(self, model, seq_len):
+    def __init__(self, model, seq_len, intermediate):
         super().__init__()
         hidden, heads, eps = model["hidden"], model["heads"], model.get("rms_eps", 1e-6)
-        intermediate = model["intermediate"]
-        if intermediate % 8:
-            intermediate = -(-intermediate // 128) * 128
         self.embedding, self.head = nn.Embedding(model["vocab"], hidden), nn.Linear(hidden, model["vocab"], bias=False)
         self.norm = nn.RMSNorm(hidden, eps=eps)
         self.blocks = nn.ModuleList(Block(hidden, intermediate, heads, eps) for _ in range(model["layers"]))
         size = hidden // heads
-        angle = torch.outer(torch.arange(seq_len).double(), 10000.0 ** (-torch.arange(0, size, 2).double() / size))[:, None, :]
-        self.register_buffer("cos", angle.cos()), self.register_buffer("sin", angle.sin())
+        angle = torch.outer(torch.arange(seq_len).double(), 10000.0 ** (-torch.arange(0, size, 2).double() / size)).repeat(1, 2)
+        self.register_buffer("cos", angle.cos().float()), self.register_buffer("sin", angle.sin().float())
 
     def forward(self, tokens, targets):
         x = self.embedding(tokens)
@@ -87,34 +86,38 @@ class Lean(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def build(kind, model, seq_len):
+def fastest_width(model, tokens, device):
+    """The SwiGLU layer's width, or a padded one where its products are faster with that (timed on a GPU): odd widths slow tensor cores down."""
+    hidden, width = model["hidden"], model["intermediate"]
+    if device.type != "cuda":
+        return width
+
+    def seconds(width):
+        def leaf(*shape):
+            return torch.randn(*shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+        x, up, a, down = leaf(tokens, hidden), leaf(2 * width, hidden), leaf(tokens, width), leaf(hidden, width)
+
+        def step():
+            for inputs in ((x, up), (a, down)):
+                y = F.linear(*inputs)
+                torch.autograd.grad(y, inputs, y.detach())
+        return statistics.median([timed(step, device) for _ in range(8)][3:])
+
+    # In order: of equals the narrowest is taken.
+    widths = [width] * (width % 8 == 0) + [-(-width // multiple) * multiple for multiple in (64, 128) if width % multiple]
+    return min(widths, key=seconds) if len(set(widths)) > 1 else widths[0]
+
+
+def build(kind, model, seq_len, intermediate):
     """The module and its loss as a function of (module, tokens, targets)."""
     if kind == "lean":
-        return Lean(model, seq_len), lambda m, tokens, targets: m(tokens, targets)
+        return Lean(model, seq_len, intermediate), lambda m, tokens, targets: m(tokens, targets)
     from transformers import LlamaConfig, LlamaForCausalLM
     config = LlamaConfig(hidden_size=model["hidden"], intermediate_size=model["intermediate"], num_hidden_layers=model["layers"],
                          num_attention_heads=model["heads"], num_key_value_heads=model.get("kv_heads") or model["heads"], vocab_size=model["vocab"],
                          max_position_embeddings=seq_len, tie_word_embeddings=False, use_cache=False, attn_implementation="sdpa")
     # It shifts labels itself: the tokens are their own labels.
     return LlamaForCausalLM(config), lambda m, tokens, targets: m(input_ids=tokens, labels=tokens).loss
-
-
-def fastest_attention(device, batch, seq, heads, size):
-    """Backends in order of measured speed, forward and backward, at this shape; on a CPU there is no choice."""
-    if device.type != "cuda":
-        return None
-    times = {}
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-        try:
-            q, k, v = (torch.randn(batch, seq, heads, size, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-            with sdpa_kernel(backend):
-                def step():
-                    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
-                    y.backward(y)
-                times[backend] = statistics.median(timed(step, device) for _ in range(7))
-        except RuntimeError:  # not there for this GPU, size or build
-            pass
-    return sorted(times, key=times.get) or None
 
 
 def timed(step, device):
@@ -130,18 +133,21 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def measure(kind, micro_batch, mode, model, args, device):
+def measure(kind, micro_batch, mode, attention, model, args, device):
     """One result: tokens per second of whole optimizer steps (median), or why there is none."""
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    result = {"kind": kind, "micro_batch": micro_batch, "compile": mode}
+    result = {"kind": kind, "micro_batch": micro_batch, "compile": mode, "attention": attention}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(1)
+    width = model["intermediate"]
+    if kind == "lean":
+        result["width"] = width = fastest_width(model, micro_batch * args.seq_len, device)
     with device:
-        module, loss_of = build(kind, model, args.seq_len)
+        module, loss_of = build(kind, model, args.seq_len, width)
     module = module.to(dtype).train()
     result["parameters"] = sum(p.numel() for p in module.parameters())
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
@@ -149,15 +155,22 @@ def measure(kind, micro_batch, mode, model, args, device):
     pieces = args.batch // micro_batch
     text = torch.randint(0, model["vocab"], (pieces, micro_batch, args.seq_len + 1), device=device)
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in text]
-    backends = fastest_attention(device, micro_batch, args.seq_len, model["heads"], model["hidden"] // model["heads"])
+    parameters = list(module.parameters())
 
     def step():
+        # The first micro-batch's gradients are taken as they are, the others' added by a few kernels for all tensors: cheaper than .backward().
+        total = None
         for tokens, targets in batches:
             loss = loss_of(forward, tokens, targets)
-            (loss if pieces == 1 else loss / pieces).backward()
+            gradients = torch.autograd.grad(loss if pieces == 1 else loss / pieces, parameters)
+            if total is None:
+                total = list(gradients)
+            else:
+                torch._foreach_add_(total, gradients)
+        for parameter, gradient in zip(parameters, total):
+            parameter.grad = gradient
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss
 
     def steps():
         begin = time.perf_counter()
@@ -172,11 +185,7 @@ def measure(kind, micro_batch, mode, model, args, device):
         return times
 
     try:
-        if backends:
-            result["attention"] = backends[0].name.lower()
-            with sdpa_kernel(backends, set_priority=True):
-                times = steps()
-        else:
+        with sdpa_kernel(ATTENTION[attention]) if ATTENTION[attention] else contextlib.nullcontext():
             times = steps()
     except torch.OutOfMemoryError:
         return dict(result, error="out of memory")
@@ -195,9 +204,10 @@ def main():
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--micro-batches", default="256,128", help="sequences per pass, each tried")
     parser.add_argument("--kinds", default="lean,hf")
+    parser.add_argument("--attention", default="default", help="kernels of scaled_dot_product_attention, each tried: default (PyTorch's choice), cudnn, flash [default]")
     parser.add_argument("--steps", type=int, default=30, help="timed steps at most")
     parser.add_argument("--seconds", type=float, default=6, help="stop timing after this long (but after five steps at the earliest)")
-    parser.add_argument("--compile", help="modes of torch.compile, each tried: default, max-autotune, ... or none [default; on a CPU default,none]")
+    parser.add_argument("--compile", help="modes of torch.compile, each tried: default, max-autotune-no-cudagraphs, ... or none [default; on a CPU default,none]")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     device = torch.device(args.device)
@@ -211,25 +221,28 @@ def main():
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     report = {"torch": torch.__version__, "device": name, "results": []}
 
-    def run(kind, micro_batch, mode):
-        print(f"  PyTorch {kind}, micro-batch {micro_batch}, compile {mode} ...", end="", file=sys.stderr, flush=True)
+    def run(kind, micro_batch, mode, attention):
+        print(f"  PyTorch {kind}, micro-batch {micro_batch}, compile {mode}, attention {attention} ...", end="", file=sys.stderr, flush=True)
         try:
-            result = measure(kind, micro_batch, mode, model, args, device)
-        except ImportError as error:
-            result = {"kind": kind, "micro_batch": micro_batch, "compile": mode, "error": f"left out: {error}"}
+            result = measure(kind, micro_batch, mode, attention, model, args, device)
+        except (ImportError, RuntimeError) as error:  # no transformers; a kernel that this GPU or build does not have
+            result = {"kind": kind, "micro_batch": micro_batch, "compile": mode, "attention": attention, "error": f"left out: {str(error).splitlines()[0]}"}
         report["results"].append(result)
         print(f" {result['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in result else f" {result['error']}", file=sys.stderr, flush=True)
 
     def best():
         return max((r for r in report["results"] if "tokens_per_s" in r), key=lambda r: r["tokens_per_s"], default=None)
 
-    everything = [(m, mode) for mode in modes for m in micro_batches]
-    if "lean" in kinds:
-        for m, mode in everything:
-            run("lean", m, mode)
-    if "hf" in kinds:
-        for m, mode in [(best()["micro_batch"], best()["compile"])] if best() else everything:
-            run("hf", m, mode)
+    # Every micro-batch with the first mode and the first kernels; the others, and the other model, only where that was fastest.
+    kernels = args.attention.split(",")
+    for m in micro_batches:
+        run(kinds[0], m, modes[0], kernels[0])
+    for attention in kernels[1:] if best() else []:
+        run(kinds[0], best()["micro_batch"], modes[0], attention)
+    for mode in modes[1:] if best() else []:
+        run(kinds[0], best()["micro_batch"], mode, best()["attention"])
+    for kind in kinds[1:] if best() else []:
+        run(kind, best()["micro_batch"], best()["compile"], best()["attention"])
     report["best"] = best()
     print(json.dumps(report))
     return 0

@@ -18,8 +18,8 @@ import sys
 from report import markdown
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# Sequences per pass that the peer is tried with: the best that was found and its neighbours. What does not fit is passed over.
-PEER_MICRO_BATCHES = {"60m": [512, 256, 128], "130m": [256, 128], "350m": [128, 64], "1b": [128, 64]}
+# Sequences per pass that the peer is tried with. What does not fit is passed over.
+PEER_MICRO_BATCHES = {"60m": [512, 256], "130m": [512, 256], "350m": [256, 128], "1b": [128, 64]}
 QUICK = ["--steps", "4", "--merges", "0", "--profile", "0"]  # for choosing a micro-batch
 
 
@@ -102,7 +102,7 @@ def peer(args, preset, run):
     candidates = [m for m in candidates if batch % m == 0] or [batch]
     command = [python, os.path.join(ROOT, "bench", "peer_torch.py"), "--config", config_path(preset), "--device", "cuda" if run["gpu"] else "cpu",
                "--batch", str(batch), "--seq-len", str(run["seq_len"]), "--micro-batches", ",".join(map(str, candidates)),
-               "--steps", str(args.steps), "--seconds", str(args.seconds), "--kinds", args.peer_kinds]
+               "--steps", str(args.steps), "--seconds", str(args.seconds), "--kinds", args.peer_kinds, "--attention", args.peer_attention]
     if args.peer_compile:
         command += ["--compile", args.peer_compile]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -129,15 +129,16 @@ def parse_arguments(argv):
     parser.add_argument("--methods", default="loqt,full", help="ours to run [loqt,full]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument("--steps", type=int, default=30, help="timed steps at most [30]")
-    parser.add_argument("--seconds", type=float, default=8, help="end timing after this long, five steps at least [8]")
+    parser.add_argument("--seconds", type=float, default=4, help="end timing after this long, five steps at least [4]")
     parser.add_argument("--merges", type=int, default=2, help="timed merges in each projection mode; 0 = none [2]")
-    parser.add_argument("--profile", type=int, default=3, help="steps to break down by operation; 0 = none [3]")
+    parser.add_argument("--profile", type=int, default=2, help="steps to break down by operation; 0 = none [2]")
     parser.add_argument("--micro-batch", type=int, help="ours, instead of trying")
-    parser.add_argument("--sweep", type=int, default=3, help="micro-batches of ours to try at most [3]")
+    parser.add_argument("--sweep", type=int, default=2, help="micro-batches of ours to try at most [2]")
     parser.add_argument("--no-peer", action="store_true", help="leave PyTorch out")
     parser.add_argument("--peer-micro-batches", type=numbers, help="the peer's to try, such as 256,128")
     parser.add_argument("--peer-kinds", default="lean,hf", help="peer models [lean,hf]")
-    parser.add_argument("--peer-compile", help="modes of torch.compile to try, such as default,max-autotune")
+    parser.add_argument("--peer-attention", default="default", help="attention kernels to try, such as default,cudnn,flash [default]")
+    parser.add_argument("--peer-compile", help="modes of torch.compile to try, such as default,max-autotune-no-cudagraphs")
     parser.add_argument("--torch-python", default=sys.executable, help="a Python with PyTorch [this one]")
     parser.add_argument("--binary", help="bench_step [built if it has to be]")
     parser.add_argument("--out", default=os.path.join(ROOT, "build", "bench"), help="where to write OUT.md and OUT.json [build/bench]")

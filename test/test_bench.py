@@ -152,5 +152,41 @@ class Program(unittest.TestCase):
         self.assertNotIn("left out", text)
 
 
+@unittest.skipUnless(importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"), "no PyTorch or no transformers")
+class Peer(unittest.TestCase):
+    def test_lean_is_llama(self):
+        """The same weights give the same loss as transformers' LLaMA, so what is timed is the model that it says it is."""
+        import peer_torch
+        import torch
+        with open(os.path.join(ROOT, "configs", "tiny.json"), encoding="utf-8") as file:
+            model = json.load(file)["model"]
+        torch.manual_seed(2)
+        lean, lean_loss = peer_torch.build("lean", model, 48, model["intermediate"])
+        hf, hf_loss = peer_torch.build("hf", model, 48, model["intermediate"])
+        theirs, mine = hf.state_dict(), lean.state_dict()
+        for name, parameter in mine.items():
+            if name not in ("cos", "sin"):
+                parameter.uniform_(*((0.5, 1.5) if "norm" in name else (-0.2, 0.2)))
+        theirs["model.embed_tokens.weight"].copy_(mine["embedding.weight"])
+        theirs["lm_head.weight"].copy_(mine["head.weight"])
+        theirs["model.norm.weight"].copy_(mine["norm.weight"])
+        for i in range(model["layers"]):
+            block, layer = f"blocks.{i}.", f"model.layers.{i}."
+            for name, rows in zip("qkv", mine[block + "attention.qkv.weight"].chunk(3)):
+                theirs[f"{layer}self_attn.{name}_proj.weight"].copy_(rows)
+            for name, rows in zip(("gate", "up"), mine[block + "feed.gate_up.weight"].chunk(2)):
+                theirs[f"{layer}mlp.{name}_proj.weight"].copy_(rows)
+            for name, source in (("self_attn.o_proj", "attention.out"), ("mlp.down_proj", "feed.down"), ("input_layernorm", "norm1"), ("post_attention_layernorm", "norm2")):
+                theirs[f"{layer}{name}.weight"].copy_(mine[f"{block}{source}.weight"])
+        tokens = torch.randint(0, model["vocab"], (3, 48))
+        with torch.no_grad():
+            # transformers leaves the last position out, for which it has no next token.
+            logits = hf(input_ids=tokens).logits
+            expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.roll(-1, 1).flatten())
+            self.assertAlmostEqual(lean_loss(lean, tokens, tokens.roll(-1, 1)).item(), expected.item(), places=4)
+            shifted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+            self.assertAlmostEqual(hf_loss(hf, tokens, None).item(), shifted.item(), places=4)
+
+
 if __name__ == "__main__":
     unittest.main()
