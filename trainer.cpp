@@ -230,21 +230,23 @@ void Trainer::train_step() {
     report_step(loss, gradient_norm, lr, wall_seconds() - begin);
 }
 
+std::string Trainer::utilization(double rate) const {
+    return format("MFU %.1f %% (6N: %.0f TFLOP/s)", 100 * mfu(rate), full_rank_tflops(rate));
+}
+
 void Trainer::report_step(double loss, double gradient_norm, double lr, double seconds) {
     double tokens = double(config_.train.batch * config_.train.seq_len), rate = tokens / seconds;
     rate_ = rate_ == 0 ? rate : 0.95 * rate_ + 0.05 * rate;
     training_seconds_ += seconds;
-    // Of one step and of the line's smoothed rate: the share of the peak that the method's own FLOPs are, and 6·N·tokens/s.
-    auto mfu = [&](double r) { return peak_.flops > 0 ? training_flops_per_token(config_) * r / peak_.flops : NAN; };
-    auto full_rank_tflops = [&](double r) { return full_rank_flops_per_token(config_) * r * 1e-12; };
     int64_t memory = device_.process_peak_bytes();
     bool last = step_ == config_.train.steps;
     if (due(config_.run.log_every) || last)
         metrics_->write("train", {{"step", step_}, {"loss", loss}, {"lr", lr}, {"grad_norm", gradient_norm}, {"tokens", step_ * int64_t(tokens)},
-                                  {"tokens_per_s", rate}, {"mfu", mfu(rate)}, {"full_rank_equivalent_tflops", full_rank_tflops(rate)}, {"step_ms", seconds * 1e3}, {"memory_bytes", memory}, {"skipped", skipped_}});
+                                  {"tokens_per_s", rate}, {"mfu", mfu(rate)}, {"full_rank_equivalent_tflops", full_rank_tflops(rate)},
+                                  {"step_ms", seconds * 1e3}, {"memory_bytes", memory}, {"skipped", skipped_}});
     double remaining = double(config_.train.steps - step_) * training_seconds_ / double(steps_here_);
     std::string line = format("step %lld/%lld  loss %.4f  lr %.2e  |g| %.3f  %s tok/s", (long long)step_, (long long)config_.train.steps, loss, lr, gradient_norm, human_count(rate_).c_str());
-    if (peak_.flops > 0) line += format("  MFU %.1f %% (6N: %.0f TFLOP/s)", 100 * mfu(rate_), full_rank_tflops(rate_));
+    if (peak_.flops > 0) line += "  " + utilization(rate_);
     line += format("  ETA %s  %.2f GiB", human_duration(remaining).c_str(), double(memory) / double(int64_t(1) << 30));
     if (skipped_) line += format("  %lld skipped", (long long)skipped_);
     progress_->show(line, last || steps_here_ == 1);
@@ -262,6 +264,10 @@ void Trainer::run() {
     save();
     metrics_->write("end", {{"step", step_}, {"finished", finished}, {"seconds", wall_seconds() - started_}, {"training_seconds", training_seconds_},
                             {"planned_bytes", planned_bytes_}, {"peak_bytes", device_.process_peak_bytes()}, {"skipped", skipped_}});
+    if (steps_here_ > 0) {
+        double rate = double(steps_here_ * config_.train.batch * config_.train.seq_len) / training_seconds_;
+        progress_->note(format("mean speed, merges included: %s tok/s%s", human_count(rate).c_str(), peak_.flops > 0 ? (", " + utilization(rate)).c_str() : ""));
+    }
     progress_->note(finished ? format("done: %lld steps in %s, final checkpoint %s", (long long)step_, human_duration(wall_seconds() - started_).c_str(),
                                       checkpoint_path(checkpoint_folder(config_), step_).c_str())
                              : format("stopped after step %lld; state saved, --resume continues exactly here", (long long)step_));

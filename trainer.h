@@ -1,6 +1,7 @@
 // The training loop: Algorithm 1 of LoQT around data, evaluation, checkpoints and metrics.
 #pragma once
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <set>
 
@@ -30,6 +31,10 @@ class Trainer {
     void evaluate();
     void save();
     void report_step(double loss, double gradient_norm, double lr, double seconds);
+    // Speed figures at a rate in tokens per second (docs/formats.md): MFU, NaN without a known peak; 6·N·rate in TFLOP/s; both as text.
+    double mfu(double rate) const { return peak_.flops > 0 ? training_flops_per_token(config_) * rate / peak_.flops : NAN; }
+    double full_rank_tflops(double rate) const { return full_rank_flops_per_token(config_) * rate * 1e-12; }
+    std::string utilization(double rate) const;
     bool due(int64_t every) const { return every > 0 && step_ % every == 0; }
 
     Config config_;

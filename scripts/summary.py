@@ -23,6 +23,18 @@ def bar(value, low, high, width=46):
     return "#" * round(width * (value - low) / (high - low)) if high > low else ""
 
 
+def median(steps, key):
+    values = sorted(s[key] for s in steps if s.get(key) is not None)
+    return values[len(values) // 2] if values else None
+
+
+def speed_figures(steps):
+    """What the hardware reached by the method's own FLOPs, and full-rank training of this speed: docs/formats.md tells them apart."""
+    mfu, equivalent = median(steps, "mfu"), median(steps, "full_rank_equivalent_tflops")
+    text = f", MFU {100 * mfu:.1f} %" if mfu is not None else ""
+    return text + (f", full-rank equivalent (6N) {equivalent:.3g} TFLOP/s" if equivalent is not None else "")
+
+
 def main():
     if len(sys.argv) != 2:
         print(__doc__, file=sys.stderr)
@@ -45,8 +57,8 @@ def main():
             error = f"; NF4 error after compensation {merges[-1]['quant_error']:.3f} (without: {merges[-1]['quant_error_uncompensated']:.3f})"
         print(f"{len(merges)} merges at steps {', '.join(str(m['step']) for m in merges)}{error}")
     if steps:
-        rate = sorted(s["tokens_per_s"] for s in steps)[len(steps) // 2]
-        print(f"{rate:,.0f} tokens/s (median step), peak memory {max(s['memory_bytes'] for s in steps) / 2**30:.2f} GiB")
+        rate = median(steps, "tokens_per_s")
+        print(f"{rate:,.0f} tokens/s (median step){speed_figures(steps)}, peak memory {max(s['memory_bytes'] for s in steps) / 2**30:.2f} GiB")
     return 0
 
 

@@ -156,8 +156,8 @@ class MistakeTest(ProgramTest):
 
 class MetricsTest(ProgramTest):
     KEYS = {
-        "start": "step device method parameters train_tokens planned_bytes",
-        "train": "step loss lr grad_norm tokens tokens_per_s mfu step_ms memory_bytes",
+        "start": "step device method parameters peak_tflops peak_source train_tokens planned_bytes",
+        "train": "step loss lr grad_norm tokens tokens_per_s mfu full_rank_equivalent_tflops step_ms memory_bytes",
         "eval": "step loss perplexity tokens",
         "merge": "step seconds quant_error captured_energy",
         "checkpoint": "step path seconds",
@@ -187,6 +187,11 @@ class MetricsTest(ProgramTest):
             if e["event"] == "train":
                 self.assertEqual(e["tokens"], e["step"] * 4 * 32)
                 self.assertGreater(e["memory_bytes"], 0)
+                # On a CPU there is no peak to be a share of.
+                self.assertAlmostEqual(e["full_rank_equivalent_tflops"] / (6e-12 * events[0]["parameters"] * e["tokens_per_s"]), 1, places=9)
+                self.assertEqual(e["mfu"] is None, DEVICE == "cpu")
+            elif e["event"] == "start":
+                self.assertEqual((e["peak_tflops"] is None, e["peak_source"] == ""), (DEVICE == "cpu",) * 2)
             elif e["event"] == "eval":
                 self.assertAlmostEqual(math.log(e["perplexity"]), e["loss"], places=9)
                 self.assertEqual(e["tokens"], 8 * 32)

@@ -127,7 +127,15 @@ class Scripts(unittest.TestCase):
         self.assertEqual(status, 0)
         self.assertIn("fell by 3.50 nats", out)
         self.assertIn("2 merges at steps 0, 2", out)
-        self.assertIn("peak memory 4.00 GiB", out)
+        self.assertIn("tokens/s (median step), peak memory 4.00 GiB", out)
+
+    def test_summary_of_speed(self):
+        """MFU and the full-rank equivalent stand apart; a run on a CPU has no MFU."""
+        def run(name, mfu):
+            return write_run(self.folder, name, [("train", {**train(i + 1, 5.0, 10.0)[1], "mfu": mfu and mfu * (i + 1), "full_rank_equivalent_tflops": 500.0 + i})
+                                                 for i in range(3)])
+        self.assertIn("tokens/s (median step), MFU 40.0 %, full-rank equivalent (6N) 501 TFLOP/s, peak", self.run_script(self.summary_of, run("gpu", 0.2))[1])
+        self.assertIn("tokens/s (median step), full-rank equivalent (6N) 501 TFLOP/s, peak", self.run_script(self.summary_of, run("cpu", None))[1])
 
 
 if __name__ == "__main__":

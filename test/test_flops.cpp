@@ -1,0 +1,121 @@
+// FLOP counts against the books of a profiler and a model's own tensors; peaks of GPUs by name and by measurement.
+#include "flops.h"
+#include "runtime/profile.h"
+#include "test/model_fixture.h"
+#include "training_step.h"
+
+namespace {
+
+// Products of one optimizer step of a model that has merged once, attention aside: in units of one token.
+double booked_flops_per_token(const Config& config) {
+    auto device = test_device("cpu");
+    SmallModel small(*device, config, random_weights(config), config.train.effective_weights == "cached");
+    std::vector<Batch> batches(config.micro_batches());
+    for (Batch& b : batches) {
+        b.rows = config.train.micro_batch, b.seq = config.train.seq_len;
+        b.tokens.assign(b.rows * b.seq, 3), b.targets.assign(b.rows * b.seq, 5);
+        b.tokens[1] = 7, b.targets[0] = 7;
+        b.valid_targets = b.rows * b.seq;
+        b.groups = group_tokens(b.tokens.data(), b.rows * b.seq, config.model.vocab);
+    }
+    auto step = [&](int64_t number, bool merges) {
+        StepGradients gradients = accumulate_gradients(small.model, small.sums, batches, projection_pass(config, number, merges));
+        apply_gradients(*device, small.model, config, number, 1e-3, gradients.norm);
+        if (merges) small.model.merge(number, nullptr);
+    };
+    step(0, config.low_rank());
+    Profiler profiler(*device);
+    step(1, false);
+    double flops = 0;
+    for (const OperationProfile& p : profiler.take())
+        if (p.name.rfind("attention", 0) != 0) flops += p.flops;
+    return flops / double(config.train.batch * config.train.seq_len);
+}
+
+Config tiny_config(const std::string& method, const std::string& effective, int64_t micro_batch, int64_t kv_heads) {
+    Config c;
+    read_config_file(c, "configs/tiny.json");
+    c.method.name = method, c.method.compensation_rounds = 1;
+    c.model.kv_heads = kv_heads;
+    c.train.effective_weights = effective, c.train.seq_len = 64, c.train.batch = 4, c.train.micro_batch = micro_batch;
+    validate_config(c);
+    return c;
+}
+
+}  // namespace
+
+TEST_CASE("FLOPs per token are those of a real step's products", "[flops]") {
+    for (int64_t kv_heads : {2, 1})
+        for (int64_t micro_batch : {4, 2})
+            for (auto [method, effective] : {std::pair<const char*, const char*>{"full", "cached"}, {"loqt", "cached"}, {"loqt", "rebuilt"}, {"loqt-nq", "rebuilt"}}) {
+                INFO(method << ", effective weights " << effective << ", micro-batch " << micro_batch << ", kv heads " << kv_heads);
+                Config c = tiny_config(method, effective, micro_batch, kv_heads);
+                // Causal attention in the convention of the FlashAttention papers: half of 4·S·h forward, 2.5 times that backward.
+                double attention = double(c.model.layers) * 3.5 * 2.0 * double(c.train.seq_len * c.model.hidden);
+                CHECK(booked_flops_per_token(c) == Approx(training_flops_per_token(c) - attention).epsilon(1e-12));
+            }
+}
+
+TEST_CASE("loqt needs fewer FLOPs than full rank, and the two figures are kept apart", "[flops]") {
+    Config c = tiny_config("loqt", "cached", 4, 2);
+    double loqt = training_flops_per_token(c);
+    c.method.name = "full";
+    CHECK(loqt < training_flops_per_token(c));
+    // 6·N counts the embedding table, which no product reads, and leaves attention out.
+    double attention = double(c.model.layers) * 7.0 * double(c.train.seq_len * c.model.hidden);
+    double unused = 6.0 * double(c.model.vocab * c.model.hidden + (2 * c.model.layers + 1) * c.model.hidden);
+    CHECK(full_rank_flops_per_token(c) == Approx(training_flops_per_token(c) - attention + unused).epsilon(1e-12));
+}
+
+TEST_CASE("the parameter count is that of the tensors", "[flops]") {
+    for (const char* preset : {"tiny", "60m", "130m", "350m", "1b", "7b", "13b"}) {
+        INFO(preset);
+        Config c;
+        read_config_file(c, std::string("configs/") + preset + ".json");
+        c.method.name = "full", c.train.micro_batch = 1;
+        validate_config(c);
+        auto device = Device::open_dry(DeviceKind::cuda);
+        Llama model(c, *device, false, false);
+        int64_t count = 0;
+        for (Parameter* p : model.parameters()) count += p->rows * p->cols;
+        CHECK(parameter_count(c) == count);
+    }
+}
+
+TEST_CASE("peaks of GPUs are found by whole words of their names", "[flops]") {
+    const std::pair<const char*, double> known[] = {
+        {"NVIDIA H200", 989}, {"NVIDIA H200 NVL", 835}, {"NVIDIA H100 80GB HBM3", 989}, {"NVIDIA H100 PCIe", 756}, {"NVIDIA GH200 480GB", 989},
+        {"NVIDIA H20", 148}, {"NVIDIA B200", 2250}, {"NVIDIA GB200", 2500}, {"NVIDIA A100-SXM4-80GB", 312}, {"NVIDIA A10G", 70}, {"NVIDIA A10", 125},
+        {"NVIDIA A40", 150}, {"NVIDIA RTX A6000", 155}, {"NVIDIA L40S", 362}, {"NVIDIA L40", 181}, {"NVIDIA L4", 121},
+        {"NVIDIA GeForce RTX 4090", 165}, {"NVIDIA GeForce RTX 4070", 58}, {"NVIDIA GeForce RTX 4070 Ti", 80}, {"NVIDIA GeForce RTX 4070 Ti SUPER", 88},
+        {"NVIDIA GeForce RTX 3090", 71}, {"NVIDIA GeForce RTX 3080 Ti", 68},
+        // Not what the shorter name says: to be measured.
+        {"NVIDIA RTX A4000", 0}, {"NVIDIA RTX A1000", 0}, {"NVIDIA GeForce RTX 4090 Laptop GPU", 0}, {"NVIDIA GeForce RTX 4090 D", 0},
+        {"NVIDIA A100-SXM4-40GB MIG 1g.5gb", 0}, {"NVIDIA A100X", 0}, {"Some GPU of tomorrow", 0}};
+    for (auto [name, teraflops] : known) {
+        INFO(name);
+        CHECK(data_sheet_flops(name) == teraflops * 1e12);
+    }
+}
+
+TEST_CASE("a CPU has no peak, but its products can be measured", "[flops]") {
+    auto device = test_device("cpu");
+    CHECK(peak_flops(*device).flops == 0);
+    double measured = measure_product_flops(*device, 128);
+    CHECK(measured > 1e7);
+    CHECK(measured < 1e15);
+}
+
+TEST_CASE("the measured peak of a GPU lies below its data sheet's, and not far", "[flops][gpu]") {
+    auto device = test_device("cuda");
+    double known = data_sheet_flops(device->name()), measured = measure_product_flops(*device, 4096);
+    INFO(device->name() << ": " << measured * 1e-12 << " TFLOP/s measured, " << known * 1e-12 << " on the data sheet");
+    CHECK(measured > 1e12);
+    if (known > 0) {
+        CHECK(measured < 1.05 * known);
+        CHECK(measured > 0.4 * known);
+    }
+    PeakFlops peak = peak_flops(*device);
+    CHECK(std::string(peak.source) == (known > 0 ? "data sheet" : "measured"));
+    CHECK(peak.flops > 1e12);
+}
