@@ -9,7 +9,7 @@ namespace {
 // Products of one optimizer step of a model that has merged once, attention aside: in units of one token.
 double booked_flops_per_token(const Config& config) {
     auto device = test_device("cpu");
-    SmallModel small(*device, config, random_weights(config), config.train.effective_weights == "cached");
+    SmallModel small(*device, config, random_weights(config));
     std::vector<Batch> batches(config.micro_batches());
     for (Batch& b : batches) {
         b.rows = config.train.micro_batch, b.seq = config.train.seq_len;
@@ -75,7 +75,7 @@ TEST_CASE("the parameter count is that of the tensors", "[flops]") {
         c.method.name = "full", c.train.micro_batch = 1;
         validate_config(c);
         auto device = Device::open_dry(DeviceKind::cuda);
-        Llama model(c, *device, false, false);
+        Llama model(c, *device, false);
         int64_t count = 0;
         for (Parameter* p : model.parameters()) count += p->rows * p->cols;
         CHECK(parameter_count(c) == count);
