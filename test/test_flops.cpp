@@ -47,7 +47,7 @@ Config tiny_config(const std::string& method, const std::string& effective, int6
 TEST_CASE("FLOPs per token are those of a real step's products", "[flops]") {
     for (int64_t kv_heads : {2, 1})
         for (int64_t micro_batch : {4, 2})
-            for (auto [method, effective] : {std::pair<const char*, const char*>{"full", "cached"}, {"loqt", "cached"}, {"loqt", "rebuilt"}, {"loqt-nq", "rebuilt"}}) {
+            for (auto [method, effective] : {std::pair<const char*, const char*>{"full", "cached"}, {"loqt", "cached"}, {"loqt", "rebuilt"}, {"loqt", "factored"}, {"loqt-nq", "rebuilt"}}) {
                 INFO(method << ", effective weights " << effective << ", micro-batch " << micro_batch << ", kv heads " << kv_heads);
                 Config c = tiny_config(method, effective, micro_batch, kv_heads);
                 // Causal attention in the convention of the FlashAttention papers: half of 4·S·h forward, 2.5 times that backward.
