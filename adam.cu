@@ -12,6 +12,7 @@
 #include "flat_matrix.h"
 #include "runtime/cuda_context.h"
 #include "runtime/philox.h"
+#include "runtime/profile.h"
 
 MomentFormat effective_format(MomentFormat wanted, int64_t numel) {
     return wanted == MomentFormat::int8 && numel < kAdam8bitMinimum ? MomentFormat::fp32 : wanted;
@@ -450,6 +451,10 @@ void check_state(const AdamState& state, int64_t numel) {
                        "%lld absmax values for %lld 8-bit moments", (long long)state.m_absmax.numel(), (long long)numel);
 }
 
+double moment_bytes(const AdamState& state, bool second) {
+    return second ? double(state.v.bytes() + state.v_absmax.bytes()) : double(state.m.bytes() + state.m_absmax.bytes());
+}
+
 }  // namespace
 
 void adam_update(Device& device, Tensor p, Tensor g, const AdamState& state, const AdamStep& step, int32_t* nonfinite) {
@@ -457,10 +462,13 @@ void adam_update(Device& device, Tensor p, Tensor g, const AdamState& state, con
     CHECK_INTERNAL(g.rows == p.rows && g.cols == p.cols, "gradient %lld × %lld of a parameter %lld × %lld", (long long)g.rows, (long long)g.cols,
                    (long long)p.rows, (long long)p.cols);
     CHECK_INTERNAL(step.t >= 1, "Adam step %lld: the first is 1", (long long)step.t);
-    if (step.rounding == ParamRounding::master && p.dtype == DType::bf16)
+    const bool master = step.rounding == ParamRounding::master && p.dtype == DType::bf16;
+    if (master)
         CHECK_INTERNAL(state.correction.numel() == p.numel(), "%lld corrections for %lld parameters", (long long)state.correction.numel(), (long long)p.numel());
     if (p.numel() == 0) return;
     const AdamConstants constants(step);
+    OperationTimer timer(device, "adam_update", 0, 2 * (moment_bytes(state, false) + moment_bytes(state, true)) +
+                         double(p.numel()) * double(2 * (size_of(p.dtype) + (master ? 2 : 0)) + size_of(g.dtype)));
     with_format(state.format, [&](auto format) {
         with_float_type(p.dtype, [&](auto p_type) {
             with_float_type(g.dtype, [&](auto g_type) {
@@ -477,6 +485,7 @@ void adam_update(Device& device, Tensor p, Tensor g, const AdamState& state, con
 void adam_load_moment(Device& device, Tensor dst, const AdamState& state, bool second) {
     check_state(state, dst.numel());
     if (dst.numel() == 0) return;
+    OperationTimer timer(device, "adam_load_moment", 0, moment_bytes(state, second) + double(dst.bytes()));
     with_format(state.format, [&](auto format) {
         constexpr MomentFormat F = decltype(format)::value;
         ON_DEVICE(device, load_cuda<F>(device.cuda(), dst, state, second), load_cpu<F>(dst, state, second));
@@ -486,6 +495,7 @@ void adam_load_moment(Device& device, Tensor dst, const AdamState& state, bool s
 void adam_store_moment(Device& device, const AdamState& state, bool second, Tensor src, uint64_t seed, uint32_t stream, uint32_t step) {
     check_state(state, src.numel());
     if (src.numel() == 0) return;
+    OperationTimer timer(device, "adam_store_moment", 0, moment_bytes(state, second) + double(src.bytes()));
     const RoundingSource source{seed, rounding_stream(stream, second ? kSecondStream : kFirstStream), step};
     with_format(state.format, [&](auto format) {
         constexpr MomentFormat F = decltype(format)::value;

@@ -189,8 +189,7 @@ void Llama::head(Tensor x, Tensor dx, float loss_scale, double* sums, int64_t sl
     }
     sum(device_, sums, slot, losses);
     if (!backward) return;
-    device_.zero(dx);
-    rmsnorm_backward(device_, dx, final_norm_.grad, d_normed, x, final_norm_.value, first_cols(final_rstd_, T));
+    rmsnorm_backward(device_, dx, final_norm_.grad, d_normed, x, final_norm_.value, first_cols(final_rstd_, T), Tensor{}, false);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- backward

@@ -1,9 +1,12 @@
 #include "ops/attention.h"
 
+#include <cblas.h>
+
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "ops/fast_exp.h"
 #include "ops/rope.h"
 #include "runtime/profile.h"
 
@@ -15,7 +18,29 @@
 namespace {
 
 // ---- CPU -------------------------------------------------------------------------------------------------------------------
-// One query row at a time; the loops over head_dim are the vectorized ones. A row of seq weights is the only temporary.
+// A block of query rows at a time, against all keys up to its last row. The products are OpenBLAS's, single-threaded; the scores of one
+// block are the only temporary. Weights above the diagonal are set to zero, so that the products need not know of it.
+
+constexpr int64_t kQueryRows = 64;
+
+struct CpuMatrix {
+    float* data;
+    int64_t ld;
+};
+
+struct CpuHeads {  // q, k, v of one sequence, or rows like them in dqkv
+    float* base;
+    int64_t ld, heads, kv_heads, head_dim;
+    CpuHeads(Tensor t, const AttentionShape& s, int64_t b)
+        : base(t.as<float>() + b * s.seq * t.ld), ld(t.ld), heads(s.heads), kv_heads(s.kv_heads), head_dim(s.head_dim) {}
+    CpuMatrix q(int64_t row, int64_t head) const { return {base + row * ld + head * head_dim, ld}; }
+    CpuMatrix k(int64_t kv_head) const { return {base + (heads + kv_head) * head_dim, ld}; }
+    CpuMatrix v(int64_t kv_head) const { return {base + (heads + kv_heads + kv_head) * head_dim, ld}; }
+};
+
+CpuMatrix o_rows(Tensor o, const AttentionShape& s, int64_t b, int64_t row, int64_t head) {
+    return {o.as<float>() + (b * s.seq + row) * o.ld + head * s.head_dim, o.ld};
+}
 
 inline float dot(const float* a, const float* b, int64_t n) {
     float sum = 0;
@@ -24,76 +49,86 @@ inline float dot(const float* a, const float* b, int64_t n) {
     return sum;
 }
 
-// y += alpha·x
-inline void add_scaled(float* y, float alpha, const float* x, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) y[i] += alpha * x[i];
+// C (m, n) = alpha·op(A) (m, k)·op(B) (k, n) + beta·C
+void product(CpuMatrix c, int64_t m, int64_t n, int64_t k, float alpha, CpuMatrix a, CBLAS_TRANSPOSE op_a, CpuMatrix b, CBLAS_TRANSPOSE op_b, float beta = 0) {
+    cblas_sgemm(CblasRowMajor, op_a, op_b, blasint(m), blasint(n), blasint(k), alpha, a.data, blasint(a.ld), b.data, blasint(b.ld), beta, c.data, blasint(c.ld));
 }
-
-struct CpuRows {  // q, k, v of one sequence, and rows like them in dqkv
-    float* base;
-    int64_t ld, heads, kv_heads, head_dim;
-    CpuRows(Tensor t, const AttentionShape& s, int64_t b)
-        : base(t.as<float>() + b * s.seq * t.ld), ld(t.ld), heads(s.heads), kv_heads(s.kv_heads), head_dim(s.head_dim) {}
-    float* q(int64_t row, int64_t head) const { return base + row * ld + head * head_dim; }
-    float* k(int64_t row, int64_t kv_head) const { return base + row * ld + (heads + kv_head) * head_dim; }
-    float* v(int64_t row, int64_t kv_head) const { return base + row * ld + (heads + kv_heads + kv_head) * head_dim; }
-};
 
 inline float score_scale(const AttentionShape& s) { return 1.0f / std::sqrt(float(s.head_dim)); }
 
+// Softmax of the first `count` of n scores in place, zero beyond; returns the log of the sum of exponentials.
+float causal_softmax(float* p, int64_t count, int64_t n) {
+    float max = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : max)
+    for (int64_t j = 0; j < count; ++j) max = p[j] > max ? p[j] : max;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < count; ++j) sum += p[j] = fast_exp(p[j] - max);
+    const float inverse = 1.0f / sum;
+    for (int64_t j = 0; j < count; ++j) p[j] *= inverse;
+    std::fill(p + count, p + n, 0.0f);
+    return max + std::log(sum);
+}
+
 void forward_cpu(Tensor o, Tensor lse, Tensor qkv, const AttentionShape& s) {
     const float scale = score_scale(s);
+    const int64_t d = s.head_dim;
+    openblas_set_num_threads(1);
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int64_t b = 0; b < s.batch; ++b)
         for (int64_t h = 0; h < s.heads; ++h) {
-            const CpuRows in(qkv, s, b);
+            const CpuHeads in(qkv, s, b);
             const int64_t kv = h / (s.heads / s.kv_heads);
-            std::vector<float> p(s.seq);
-            for (int64_t i = 0; i < s.seq; ++i) {
-                const float* q = in.q(i, h);
-                float max = -INFINITY, sum = 0;
-                for (int64_t j = 0; j <= i; ++j) {
-                    p[j] = scale * dot(q, in.k(j, kv), s.head_dim);
-                    max = std::max(max, p[j]);
-                }
-                for (int64_t j = 0; j <= i; ++j) sum += p[j] = std::exp(p[j] - max);
-                float* out = o.as<float>() + (b * s.seq + i) * o.ld + h * s.head_dim;
-                std::fill_n(out, s.head_dim, 0.0f);
-                for (int64_t j = 0; j <= i; ++j) add_scaled(out, p[j] / sum, in.v(j, kv), s.head_dim);
-                lse.as<float>()[(b * s.heads + h) * s.seq + i] = max + std::log(sum);
+            std::vector<float> scores(kQueryRows * s.seq);
+            const CpuMatrix p{scores.data(), s.seq};
+            for (int64_t begin = 0; begin < s.seq; begin += kQueryRows) {
+                const int64_t rows = std::min(kQueryRows, s.seq - begin), keys = begin + rows;
+                product(p, rows, keys, d, scale, in.q(begin, h), CblasNoTrans, in.k(kv), CblasTrans);
+                for (int64_t i = 0; i < rows; ++i)
+                    lse.as<float>()[(b * s.heads + h) * s.seq + begin + i] = causal_softmax(p.data + i * p.ld, begin + i + 1, keys);
+                product(o_rows(o, s, b, begin, h), rows, d, keys, 1, p, CblasNoTrans, in.v(kv), CblasNoTrans);
             }
         }
 }
 
+// With P = exp(scale·QKᵀ − lse) and dP = dO·Vᵀ: dV = Pᵀ·dO, dS = scale·P∘(dP − rowsum(dO∘O)), dQ = dS·K, dK = dSᵀ·Q.
 // Parallel over (batch, kv head): all queries that add to one dK, dV are one thread's, in order.
 void backward_cpu(Tensor dqkv, Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor row_sums, const AttentionShape& s) {
     const float scale = score_scale(s);
     const int64_t group = s.heads / s.kv_heads, d = s.head_dim;
+    openblas_set_num_threads(1);
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int64_t b = 0; b < s.batch; ++b)
         for (int64_t kv = 0; kv < s.kv_heads; ++kv) {
-            const CpuRows in(qkv, s, b), out(dqkv, s, b);
+            const CpuHeads in(qkv, s, b), out(dqkv, s, b);
+            const CpuMatrix k = in.k(kv), v = in.v(kv), dk = out.k(kv), dv = out.v(kv);
             for (int64_t j = 0; j < s.seq; ++j) {
-                std::fill_n(out.k(j, kv), d, 0.0f);
-                std::fill_n(out.v(j, kv), d, 0.0f);
+                std::fill_n(dk.data + j * dk.ld, d, 0.0f);
+                std::fill_n(dv.data + j * dv.ld, d, 0.0f);
             }
+            std::vector<float> scores(kQueryRows * s.seq), gradients(kQueryRows * s.seq);
+            const CpuMatrix p{scores.data(), s.seq}, ds{gradients.data(), s.seq};
             for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
-                for (int64_t i = 0; i < s.seq; ++i) {
-                    const float* d_out = d_o.as<float>() + (b * s.seq + i) * d_o.ld + h * d;
-                    const int64_t at = (b * s.heads + h) * s.seq + i;
-                    const float row_sum = row_sums.as<float>()[at] = dot(d_out, o.as<float>() + (b * s.seq + i) * o.ld + h * d, d);
-                    const float row_lse = lse.as<float>()[at];
-                    const float* q = in.q(i, h);
-                    float* dq = out.q(i, h);
-                    std::fill_n(dq, d, 0.0f);
-                    for (int64_t j = 0; j <= i; ++j) {
-                        const float p = std::exp(scale * dot(q, in.k(j, kv), d) - row_lse);
-                        const float ds = scale * p * (dot(d_out, in.v(j, kv), d) - row_sum);
-                        add_scaled(out.v(j, kv), p, d_out, d);
-                        add_scaled(out.k(j, kv), ds, q, d);
-                        add_scaled(dq, ds, in.k(j, kv), d);
+                for (int64_t begin = 0; begin < s.seq; begin += kQueryRows) {
+                    const int64_t rows = std::min(kQueryRows, s.seq - begin), keys = begin + rows;
+                    const CpuMatrix q = in.q(begin, h), out_rows = o_rows(o, s, b, begin, h), d_out = o_rows(d_o, s, b, begin, h);
+                    product(p, rows, keys, d, scale, q, CblasNoTrans, k, CblasTrans);
+                    product(ds, rows, keys, d, 1, d_out, CblasNoTrans, v, CblasTrans);
+                    for (int64_t i = 0; i < rows; ++i) {
+                        const int64_t count = begin + i + 1, at = (b * s.heads + h) * s.seq + begin + i;
+                        const float row_sum = row_sums.as<float>()[at] = dot(d_out.data + i * d_out.ld, out_rows.data + i * out_rows.ld, d);
+                        const float row_lse = lse.as<float>()[at];
+                        float *weight = p.data + i * p.ld, *gradient = ds.data + i * ds.ld;
+#pragma omp simd
+                        for (int64_t j = 0; j < count; ++j) {
+                            weight[j] = fast_exp(weight[j] - row_lse);
+                            gradient[j] = scale * weight[j] * (gradient[j] - row_sum);
+                        }
+                        std::fill(weight + count, weight + keys, 0.0f);
+                        std::fill(gradient + count, gradient + keys, 0.0f);
                     }
+                    product(dv, keys, d, rows, 1, p, CblasTrans, d_out, CblasNoTrans, 1);
+                    product(dk, keys, d, rows, 1, ds, CblasTrans, q, CblasNoTrans, 1);
+                    product(out.q(begin, h), rows, d, keys, 1, ds, CblasNoTrans, k, CblasNoTrans);
                 }
         }
 }

@@ -8,6 +8,7 @@
 
 #include "ops/fast_exp.h"
 #include "ops/row_kernels.h"
+#include "runtime/profile.h"
 
 namespace {
 
@@ -40,7 +41,100 @@ void cross_entropy_cpu(Tensor losses, Tensor logits, const int32_t* targets, flo
 #ifdef WITH_CUDA
 constexpr int kMaxThreads = 512;
 
-// Running log-sum-exp: maximum and Σ exp(z − maximum).
+// Blocks take the rows from the last to the first: a GEMM has just written the logits in order, so the last ones are still in L2, and
+// the GEMMs that read the gradient begin with the first ones, which are then the most recent.
+__device__ __forceinline__ int64_t block_row() { return gridDim.x - 1 - blockIdx.x; }
+
+// The maximum of the block, in every thread. Skips NaN, which then enters through the sum.
+__device__ float block_maximum(float x) {
+    __shared__ float of_warp[kMaxThreads / kWarp];
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = x;
+    __syncthreads();
+    x = of_warp[0];
+    for (int w = 1; w < int(blockDim.x) / kWarp; ++w) x = fmaxf(x, of_warp[w]);
+    return x;
+}
+
+// The sum over the block, the same bits in every thread.
+__device__ float block_sum(float x) {
+    __shared__ float of_warp[kMaxThreads / kWarp];
+    x = warp_sum(x);
+    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = x;
+    __syncthreads();
+    x = 0;
+    for (int w = 0; w < int(blockDim.x) / kWarp; ++w) x += of_warp[w];
+    return x;
+}
+
+__device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t maximum;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(maximum) : "r"(a), "r"(b));
+    return maximum;
+}
+
+// The compiler would keep the unpacked values from one pass to the next, for which there are not enough registers.
+template <int kGroups> __device__ __forceinline__ void forget_unpacked(uint4 (&raw)[kGroups]) {
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) asm volatile("" : "+r"(raw[i].x), "+r"(raw[i].y), "+r"(raw[i].z), "+r"(raw[i].w));
+}
+
+// One block per row, which stays packed in registers: read once, written once. A thread owns groups tid, tid + threads, … (of eight).
+template <int kGroups>
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    cross_entropy_kernel(float* losses, bf16* logits, int64_t ld, int vocab, const int32_t* targets, float scale, bool backward) {
+    const int64_t t = block_row();
+    const int target = targets[t], groups = vocab / kVector, stride = blockDim.x;
+    uint4* row = reinterpret_cast<uint4*>(logits + t * ld);
+    if (target < 0) {
+        if (threadIdx.x == 0) losses[t] = 0;
+        for (int g = threadIdx.x; backward && g < groups; g += stride) row[g] = make_uint4(0, 0, 0, 0);
+        return;
+    }
+    const uint32_t lowest = 0xff7fff7fu, minus_inf = 0xff80ff80u;  // twice −3.39e38, the lowest finite maximum: −inf − −inf cannot arise
+    uint4 raw[kGroups];
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+        const int g = i * stride + threadIdx.x;
+        raw[i] = g < groups ? row[g] : make_uint4(minus_inf, minus_inf, minus_inf, minus_inf);
+    }
+    const float target_logit = to_float(logits[t * ld + target]);  // read before the barriers, behind which it is overwritten
+    uint32_t pair = lowest;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i)
+        pair = max_bf16x2(pair, max_bf16x2(max_bf16x2(raw[i].x, raw[i].y), max_bf16x2(raw[i].z, raw[i].w)));
+    const float maximum = block_maximum(fmaxf(float_of_bits(pair << 16), float_of_bits(pair & 0xffff0000u)));
+
+    forget_unpacked(raw);
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+        float p[kVector];
+        unpack_bf16x8(raw[i], p);
+#pragma unroll
+        for (int k = 0; k < kVector; ++k) p[k] = __expf(p[k] - maximum);
+        sum += ((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7]));
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) losses[t] = logf(sum) + (maximum - target_logit);
+    if (!backward) return;
+
+    forget_unpacked(raw);
+    const float factor = scale / sum;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+        const int g = i * stride + threadIdx.x, in_group = target - g * kVector;
+        if (g >= groups) break;
+        float p[kVector];
+        unpack_bf16x8(raw[i], p);
+#pragma unroll
+        for (int k = 0; k < kVector; ++k) p[k] = __expf(p[k] - maximum) * factor - (k == in_group ? scale : 0.0f);
+        store_n(reinterpret_cast<bf16*>(row + g), p);
+    }
+}
+
+// Maximum and Σ exp(z − maximum) of some logits.
 struct SoftmaxSum {
     float maximum, sum;
 };
@@ -48,24 +142,18 @@ struct SoftmaxSum {
 template <int N> __device__ __forceinline__ void add_logits(SoftmaxSum& s, const float (&z)[N]) {
     float maximum = s.maximum;
 #pragma unroll
-    for (int k = 0; k < N; ++k) maximum = fmaxf(maximum, z[k]);  // skips NaN, which then enters through the sum
+    for (int k = 0; k < N; ++k) maximum = fmaxf(maximum, z[k]);
     float sum = s.sum * __expf(s.maximum - maximum);
 #pragma unroll
     for (int k = 0; k < N; ++k) sum += __expf(z[k] - maximum);
     s.maximum = maximum, s.sum = sum;
 }
 
-__device__ __forceinline__ SoftmaxSum merge(SoftmaxSum a, SoftmaxSum b) {
-    float maximum = fmaxf(a.maximum, b.maximum);
-    return {maximum, a.sum * __expf(a.maximum - maximum) + b.sum * __expf(b.maximum - maximum)};
-}
-
-// One block per row. With an odd vocabulary most rows start off a 16-byte boundary: the groups of eight in [body_begin, body_end) are
-// aligned, the up to 14 logits around them (edges) go one per thread.
+// For rows that are too long for registers or unaligned: one block per row, read twice. With an odd vocabulary most rows start off a
+// 16-byte boundary: the groups of eight in [body_begin, body_end) are aligned, the up to 14 logits around them (edges) go one per thread.
 __global__ void __launch_bounds__(kMaxThreads)
-    cross_entropy_kernel(float* losses, bf16* logits, int64_t ld, int vocab, const int32_t* targets, float scale, bool backward) {
-    __shared__ SoftmaxSum warp_sums[kMaxThreads / kWarp];
-    const int64_t t = blockIdx.x;
+    cross_entropy_any_kernel(float* losses, bf16* logits, int64_t ld, int vocab, const int32_t* targets, float scale, bool backward) {
+    const int64_t t = block_row();
     const int tid = threadIdx.x, threads = blockDim.x, target = targets[t];
     bf16* z = logits + t * ld;
 
@@ -96,34 +184,38 @@ __global__ void __launch_bounds__(kMaxThreads)
         add_logits(s, x);
     }
     const float target_logit = to_float(z[target]);  // before anything is overwritten
-#pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2)
-        s = merge(s, {__shfl_xor_sync(0xffffffffu, s.maximum, offset), __shfl_xor_sync(0xffffffffu, s.sum, offset)});
-    if (tid % kWarp == 0) warp_sums[tid / kWarp] = s;
-    __syncthreads();
-    s = warp_sums[0];
-    for (int w = 1; w < threads / kWarp; ++w) s = merge(s, warp_sums[w]);
-    if (tid == 0) losses[t] = logf(s.sum) + (s.maximum - target_logit);
+    const float maximum = block_maximum(s.maximum);
+    const float sum = block_sum(s.sum * __expf(s.maximum - maximum));
+    if (tid == 0) losses[t] = logf(sum) + (maximum - target_logit);
     if (!backward) return;
 
-    const float factor = scale / s.sum;
+    const float factor = scale / sum;
 #pragma unroll 2
     for (int c = body_begin + tid * kVector; c < body_end; c += threads * kVector) {
         float x[kVector];
         load_n(z + c, x);
 #pragma unroll
-        for (int k = 0; k < kVector; ++k) x[k] = __expf(x[k] - s.maximum) * factor - (c + k == target ? scale : 0.0f);
+        for (int k = 0; k < kVector; ++k) x[k] = __expf(x[k] - maximum) * factor - (c + k == target ? scale : 0.0f);
         store_n(z + c, x);
     }
-    if (tid < edges) store(z[edge], __expf(to_float(z[edge]) - s.maximum) * factor - (edge == target ? scale : 0.0f));
+    if (tid < edges) store(z[edge], __expf(to_float(z[edge]) - maximum) * factor - (edge == target ? scale : 0.0f));
 }
 
 void cross_entropy_cuda(CudaContext& cuda, Tensor losses, Tensor logits, const int32_t* targets, float scale, bool backward) {
     if (logits.rows == 0) return;
-    const unsigned threads = unsigned(std::min<int64_t>(round_up(ceil_div(logits.cols, kVector), kWarp), kMaxThreads));
-    cross_entropy_kernel<<<unsigned(logits.rows), threads, 0, cuda.stream>>>(losses.as<float>(), logits.as<bf16>(), logits.ld, int(logits.cols),
-                                                                             targets, scale, backward);
-    LAUNCH_CHECK();
+    const int64_t groups = ceil_div(logits.cols, kVector);
+    const unsigned threads = unsigned(std::min<int64_t>(round_up(groups, kWarp), kMaxThreads));
+    auto launch = [&](auto kernel) {
+        kernel<<<unsigned(logits.rows), threads, 0, cuda.stream>>>(losses.as<float>(), logits.as<bf16>(), logits.ld, int(logits.cols), targets, scale,
+                                                                   backward);
+        LAUNCH_CHECK();
+    };
+    const int64_t per_thread = ceil_div(groups, threads);
+    if (!aligned_rows(logits) || logits.cols % kVector != 0 || per_thread > 8) launch(cross_entropy_any_kernel);
+    else if (per_thread <= 1) launch(cross_entropy_kernel<1>);
+    else if (per_thread <= 2) launch(cross_entropy_kernel<2>);
+    else if (per_thread <= 4) launch(cross_entropy_kernel<4>);
+    else launch(cross_entropy_kernel<8>);
 }
 #endif
 
@@ -132,6 +224,7 @@ void cross_entropy_cuda(CudaContext& cuda, Tensor losses, Tensor logits, const i
 void cross_entropy(Device& device, Tensor losses, Tensor logits, const int32_t* targets, float scale, bool backward) {
     CHECK_INTERNAL(losses.cols == logits.rows && logits.dtype == device.activation_dtype(), "losses %lld, logits %lld × %lld of %s",
                    (long long)losses.cols, (long long)logits.rows, (long long)logits.cols, safetensors_name(logits.dtype));
+    OperationTimer timer(device, "cross_entropy", 0, double(logits.numel()) * size_of(logits.dtype) * (1 + backward));
     ON_DEVICE(device, cross_entropy_cuda(device.cuda(), losses, logits, targets, scale, backward),
               cross_entropy_cpu(losses, logits, targets, scale, backward));
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "ops/row_kernels.h"
+#include "runtime/profile.h"
 
 namespace {
 
@@ -71,7 +72,8 @@ template <bool kSquares, class T> void sum_cpu(double* out, Tensor x) {
     *out = s;
 }
 
-constexpr int64_t kSumBlocks = 1056;  // partial sums; a constant, so that the result does not depend on the GPU
+constexpr int64_t kSumChunk = 1 << 14;  // elements per partial sum; a constant, so that the result does not depend on the GPU
+constexpr int kSumList = 64;            // tensors per launch: their descriptions travel as kernel arguments, of which there are 4 KB
 
 #ifdef WITH_CUDA
 constexpr int kSumThreads = 256;
@@ -111,41 +113,72 @@ __device__ double block_sum(double s) {
     return total;
 }
 
-// partial[block] = Σ x or Σ x² over every kSumBlocks·kSumThreads-th group of N elements.
-template <int N, bool kSquares, class T>
-__global__ void __launch_bounds__(kSumThreads) sum_kernel(double* partial, const T* x, int64_t ld, int64_t rows, int64_t cols) {
-    const int64_t groups = cols / N, stride = int64_t(gridDim.x) * kSumThreads, first = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
-    const int64_t row_step = stride / groups, group_step = stride % groups;  // the stride as rows and groups: no division in the loop
+// Some tensors and the chunks of each: those of tensor i are first_chunk[i] .. first_chunk[i + 1] − 1.
+struct SumList {
+    struct Matrix {
+        const void* data;
+        int64_t rows, cols, ld;
+        bool is_bf16, wide;  // wide: in groups of eight
+    } matrix[kSumList];
+    int first_chunk[kSumList + 1];
+};
+
+// Σ x or Σ x² over elements begin .. end − 1 (row-major), every kSumThreads-th group of N.
+template <int N, bool kSquares, class T> __device__ double sum_chunk(const SumList::Matrix& m, int64_t begin, int64_t end) {
+    // Divisions are slow: none in the loop, none for one row (any contiguous tensor).
+    const bool one_row = m.rows == 1;
+    const int64_t step = int64_t(kSumThreads) * N, row_step = one_row ? 0 : step / m.cols, column_step = step - row_step * m.cols;
+    int64_t i = begin + threadIdx.x * N, r = one_row ? 0 : i / m.cols, c = i - r * m.cols;
     double s = 0;
-    for (int64_t r = first / groups, g = first % groups; r < rows;) {
+#pragma unroll 4
+    for (; i < end; i += step) {
         float v[N];
-        load_n(x + r * ld + g * N, v);
+        load_n(static_cast<const T*>(m.data) + r * m.ld + c, v);
 #pragma unroll
         for (int k = 0; k < N; ++k) s += kSquares ? double(v[k]) * double(v[k]) : double(v[k]);
-        r += row_step, g += group_step;
-        if (g >= groups) g -= groups, ++r;
+        r += row_step, c += column_step;
+        if (c >= m.cols) c -= m.cols, ++r;
     }
+    return s;
+}
+
+// partial[b] = the sum over chunk b of the list.
+template <bool kSquares> __global__ void __launch_bounds__(kSumThreads) sum_chunks_kernel(double* partial, const __grid_constant__ SumList list) {
+    int i = 0;
+    for (int half = kSumList / 2; half > 0; half /= 2)
+        if (int(blockIdx.x) >= list.first_chunk[i + half]) i += half;
+    const SumList::Matrix& m = list.matrix[i];
+    const int64_t begin = (int64_t(blockIdx.x) - list.first_chunk[i]) * kSumChunk, end = min(begin + kSumChunk, m.rows * m.cols);
+    double s = m.is_bf16 ? m.wide ? sum_chunk<kVector, kSquares, bf16>(m, begin, end) : sum_chunk<1, kSquares, bf16>(m, begin, end)
+                         : m.wide ? sum_chunk<kVector, kSquares, float>(m, begin, end) : sum_chunk<1, kSquares, float>(m, begin, end);
     s = block_sum(s);
     if (threadIdx.x == 0) partial[blockIdx.x] = s;
 }
 
-__global__ void __launch_bounds__(kSumThreads) sum_partials_kernel(double* out, const double* partial, int count) {
+// out[b] = the sum of tensor b's partial sums.
+__global__ void __launch_bounds__(kSumThreads) sum_partials_kernel(double* out, const double* partial, const __grid_constant__ SumList list) {
     double s = 0;
-    for (int i = threadIdx.x; i < count; i += kSumThreads) s += partial[i];
+    for (int i = list.first_chunk[blockIdx.x] + threadIdx.x; i < list.first_chunk[blockIdx.x + 1]; i += kSumThreads) s += partial[i];
     s = block_sum(s);
-    if (threadIdx.x == 0) *out = s;
+    if (threadIdx.x == 0) out[blockIdx.x] = s;
 }
 
-template <bool kSquares, class T> void sum_cuda(CudaContext& cuda, double* out, Tensor x, double* partial) {
-    const bool wide = aligned_rows(x) && x.cols % kVector == 0;
-    int count = 0;  // an empty tensor has no partial sums
-    if (x.numel() > 0) {
-        count = int(kSumBlocks);
-        auto kernel = wide ? sum_kernel<kVector, kSquares, T> : sum_kernel<1, kSquares, T>;
-        kernel<<<unsigned(kSumBlocks), kSumThreads, 0, cuda.stream>>>(partial, x.as<T>(), x.ld, x.rows, x.cols);
+template <bool kSquares> void sums_cuda(CudaContext& cuda, double* out, const Tensor* tensors, int count, double* partial) {
+    SumList list{};
+    for (int i = 0; i < kSumList; ++i) {
+        int64_t chunks = 0;
+        if (i < count) {
+            const Tensor& t = tensors[i];
+            list.matrix[i] = {t.data, t.rows, t.cols, t.ld, t.dtype == DType::bf16, aligned_rows(t) && t.cols % kVector == 0};
+            chunks = ceil_div(t.numel(), kSumChunk);
+        }
+        list.first_chunk[i + 1] = int(list.first_chunk[i] + chunks);  // past the end of the list: empty, never found
+    }
+    if (list.first_chunk[kSumList] > 0) {
+        sum_chunks_kernel<kSquares><<<unsigned(list.first_chunk[kSumList]), kSumThreads, 0, cuda.stream>>>(partial, list);
         LAUNCH_CHECK();
     }
-    sum_partials_kernel<<<1, kSumThreads, 0, cuda.stream>>>(out, partial, count);
+    sum_partials_kernel<<<unsigned(count), kSumThreads, 0, cuda.stream>>>(out, partial, list);
     LAUNCH_CHECK();
 }
 #endif
@@ -163,27 +196,59 @@ template <class F> void map(Device& device, Tensor dst, Tensor src, F f) {
     });
 }
 
-template <bool kSquares> void sum(Device& device, double* sums, int64_t slot, Tensor x) {
-    x = as_row(x);
-    ScratchScope scratch(device);
-    [[maybe_unused]] double* partial = scratch.tensor("partial sums", DType::f64, 1, kSumBlocks).as<double>();
-    with_float_type(x.dtype, [&](auto type) {
-        using T = decltype(type);
-        ON_DEVICE(device, (sum_cuda<kSquares, T>(device.cuda(), sums + slot, x, partial)), (sum_cpu<kSquares, T>(sums + slot, x)));
-    });
+template <bool kSquares> void sums_cpu(double* out, const Tensor* tensors, int count) {
+    for (int i = 0; i < count; ++i) with_float_type(tensors[i].dtype, [&](auto type) { sum_cpu<kSquares, decltype(type)>(out + i, tensors[i]); });
+}
+
+template <bool kSquares> void sums(Device& device, double* out, const std::vector<Tensor>& tensors) {
+    for (size_t begin = 0; begin < tensors.size(); begin += kSumList) {
+        std::vector<Tensor> some;
+        int64_t chunks = 0;
+        for (size_t i = begin; i < std::min(begin + kSumList, tensors.size()); ++i) {
+            some.push_back(as_row(tensors[i]));
+            with_float_type(tensors[i].dtype, [](auto) {});  // checks
+            chunks += ceil_div(tensors[i].numel(), kSumChunk);
+        }
+        ScratchScope scratch(device);
+        [[maybe_unused]] double* partial = scratch.tensor("partial sums", DType::f64, 1, chunks).as<double>();
+        const int count = int(some.size());
+        ON_DEVICE(device, sums_cuda<kSquares>(device.cuda(), out + begin, some.data(), count, partial), sums_cpu<kSquares>(out + begin, some.data(), count));
+    }
+}
+
+double map_bytes(const Tensor& dst, const Tensor& src, bool reads_dst) {
+    return double(src.numel()) * double(size_of(src.dtype) + size_of(dst.dtype) * (1 + reads_dst));
 }
 
 }  // namespace
 
-void convert(Device& device, Tensor dst, Tensor src) { map(device, dst, src, Copy{}); }
+void convert(Device& device, Tensor dst, Tensor src) {
+    OperationTimer timer(device, "convert", 0, map_bytes(dst, src, false));
+    map(device, dst, src, Copy{});
+}
 
 // With b = 0, dst is not read (as in BLAS), so it may hold anything.
 void axpby(Device& device, Tensor dst, float a, Tensor x, float b) {
+    OperationTimer timer(device, "axpby", 0, map_bytes(dst, x, b != 0));
     if (b == 0) map(device, dst, x, Scale{a});
     else map(device, dst, x, ScaleAndAdd{a, b});
 }
 
-void square(Device& device, Tensor dst, Tensor src) { map(device, dst, src, Square{}); }
+void square(Device& device, Tensor dst, Tensor src) {
+    OperationTimer timer(device, "square", 0, map_bytes(dst, src, false));
+    map(device, dst, src, Square{});
+}
 
-void sum_of_squares(Device& device, double* sums, int64_t slot, Tensor x) { sum<true>(device, sums, slot, x); }
-void sum(Device& device, double* sums, int64_t slot, Tensor x) { sum<false>(device, sums, slot, x); }
+void sums_of_squares(Device& device, double* out, const std::vector<Tensor>& tensors) {
+    double bytes = 0;
+    for (const Tensor& t : tensors) bytes += double(t.numel()) * size_of(t.dtype);
+    OperationTimer timer(device, "sum_of_squares", 0, bytes);
+    sums<true>(device, out, tensors);
+}
+
+void sum_of_squares(Device& device, double* out, int64_t slot, Tensor x) { sums_of_squares(device, out + slot, {x}); }
+
+void sum(Device& device, double* out, int64_t slot, Tensor x) {
+    OperationTimer timer(device, "sum", 0, double(x.numel()) * size_of(x.dtype));
+    sums<false>(device, out + slot, {x});
+}

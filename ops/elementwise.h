@@ -8,7 +8,10 @@ void convert(Device& device, Tensor dst, Tensor src);
 void axpby(Device& device, Tensor dst, float a, Tensor x, float b);
 // dst = src∘src (f32).
 void square(Device& device, Tensor dst, Tensor src);
-// sums[slot] = Σ x² over the logical elements, fp64, fixed order. sums: device f64. NaN and Inf propagate.
+// sums[i] = Σ x² over the logical elements of tensors[i] (f32 or bf16, any mixture), fp64, fixed order. sums: device f64. NaN and Inf
+// propagate. Many tensors in one call cost two kernel launches per 64 of them.
+void sums_of_squares(Device& device, double* sums, const std::vector<Tensor>& tensors);
+// The same of one tensor: sums[slot].
 void sum_of_squares(Device& device, double* sums, int64_t slot, Tensor x);
 // sums[slot] = Σ x.
 void sum(Device& device, double* sums, int64_t slot, Tensor x);

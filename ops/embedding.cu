@@ -2,6 +2,7 @@
 #include "ops/embedding.h"
 
 #include "ops/row_kernels.h"
+#include "runtime/profile.h"
 
 // Counting sort by token (stable), then one group per distinct token, cut into segments. O(count + vocab).
 TokenGroups group_tokens(const int32_t* tokens, int64_t count, int64_t vocab) {
@@ -168,6 +169,7 @@ void backward_cuda(CudaContext& cuda, Tensor dtable, Tensor dy, Tensor partial, 
 void embedding_forward(Device& device, Tensor y, Tensor table, const int32_t* tokens) {
     CHECK_INTERNAL(y.cols == table.cols && y.dtype == table.dtype && y.dtype == device.activation_dtype(), "y %lld columns, table %lld",
                    (long long)y.cols, (long long)table.cols);
+    OperationTimer timer(device, "embedding_forward", 0, 2.0 * double(y.numel()) * size_of(y.dtype));
     ON_DEVICE(device, forward_cuda(device.cuda(), y, table, tokens), forward_cpu(y, table, tokens));
 }
 
@@ -177,5 +179,7 @@ void embedding_backward(Device& device, Tensor dtable, Tensor dy, const DeviceTo
     CHECK_INTERNAL(dtable.dtype == DType::f32 || dtable.dtype == DType::bf16, "dtable of %s", safetensors_name(dtable.dtype));
     ScratchScope scratch(device);
     Tensor partial = scratch.tensor("embedding gradient segments", DType::f32, groups.segments, dy.cols);
+    OperationTimer timer(device, "embedding_backward", 0,
+                         double(dy.numel()) * size_of(dy.dtype) + 2.0 * double(groups.groups * dy.cols) * size_of(dtable.dtype));
     ON_DEVICE(device, backward_cuda(device.cuda(), dtable, dy, partial, groups), backward_cpu(dtable, dy, partial, groups));
 }

@@ -5,6 +5,7 @@
 
 #include "ops/rope_rotation.h"
 #include "ops/row_kernels.h"
+#include "runtime/profile.h"
 
 std::vector<float> rope_table(int64_t positions, int64_t head_dim, double base) {
     const int64_t half = head_dim / 2;
@@ -89,6 +90,7 @@ void rope_inplace(Device& device, Tensor qkv, Tensor table, int64_t seq, int64_t
     CHECK_INTERNAL(seq > 0 && table.rows >= seq && table.cols == head_dim, "table %lld × %lld, seq %lld, head %lld", (long long)table.rows,
                    (long long)table.cols, (long long)seq, (long long)head_dim);
     const float sign = inverse ? -1.0f : 1.0f;
+    OperationTimer timer(device, "rope_inplace", 0, 2.0 * double(qkv.rows * (heads + kv_heads) * head_dim) * size_of(qkv.dtype));
     ON_DEVICE(device, rope_cuda(device.cuda(), qkv, table, seq, heads + kv_heads, head_dim, sign),
               rope_cpu(qkv, table, seq, heads + kv_heads, head_dim, sign));
 }

@@ -94,12 +94,42 @@ void check_sums(Device& device) {
     }
 }
 
+// A list longer than one launch takes, of all kinds of tensors, empty ones too: each sum as if alone.
+void check_sums_of_lists(Device& device) {
+    auto seed = fresh_seed();
+    INFO("seed " << seed);
+    std::mt19937_64 rng(seed);
+    for (int64_t count : {0, 1, 64, 65, 150}) {
+        std::vector<std::unique_ptr<OnDevice>> held;
+        std::vector<Tensor> tensors;
+        std::vector<double> expected;
+        for (int64_t i = 0; i < count; ++i) {
+            const DType type = kTypes[rng() % 2];
+            const int64_t rows = int64_t(rng() % 4), cols = rng() % 5 == 0 ? 20000 + int64_t(rng() % 30000) : 1 + int64_t(rng() % 100), pad = int64_t(rng() % 2) * 8;
+            const auto x = as_type(type, random_normal(rng, rows * cols));
+            held.push_back(std::make_unique<OnDevice>(device, type, rows, cols, x, cols + pad));
+            tensors.push_back(*held.back());
+            expected.push_back(0);
+            for (float v : x) expected.back() += double(v) * v;
+        }
+        OnDevice sums(device, DType::f64, 1, count + 1), alone(device, DType::f64, 1, count + 1);
+        sums_of_squares(device, static_cast<double*>(sums.t.data), tensors);
+        for (int64_t i = 0; i < count; ++i) sum_of_squares(device, static_cast<double*>(alone.t.data), i, tensors[i]);
+        const auto got = sums.raw<double>();
+        for (int64_t i = 0; i < count; ++i) CHECK(std::fabs(got[i] - expected[i]) <= 1e-12 * expected[i]);
+        CHECK(sums.raw<uint8_t>() == alone.raw<uint8_t>());  // the last slot still holds the NaN of both
+    }
+}
+
 }  // namespace
 
 TEST_CASE("convert, axpby and square", "[elementwise]") { check_maps(*test_device("cpu")); }
 TEST_CASE("sum and sum of squares", "[elementwise]") { check_sums(*test_device("cpu")); }
 TEST_CASE("convert, axpby and square on the GPU", "[elementwise][gpu]") { check_maps(*test_device("cuda")); }
 TEST_CASE("sum and sum of squares on the GPU", "[elementwise][gpu]") { check_sums(*test_device("cuda")); }
+
+TEST_CASE("sums of squares of many tensors", "[elementwise]") { check_sums_of_lists(*test_device("cpu")); }
+TEST_CASE("sums of squares of many tensors on the GPU", "[elementwise][gpu]") { check_sums_of_lists(*test_device("cuda")); }
 
 TEST_CASE("sums do not depend on the thread count", "[elementwise]") {
     auto seed = fresh_seed();
