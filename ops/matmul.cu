@@ -34,20 +34,33 @@ struct Product {  // D (m, n) = alpha·op(A) (m, k)·op(B) (k, n) + beta·C
 
 // ---- CPU ---------------------------------------------------------------------------------------------------------------
 
-// D is cut into fixed tiles, each one single-threaded sgemm: OpenBLAS's own threading rounds differently for different thread
-// counts, this does not (and is as fast).
-constexpr int64_t kTile = 256;
+// D is cut into tiles, each one single-threaded sgemm: OpenBLAS's own threading rounds differently for different thread counts, this does
+// not (and is as fast). Every tile packs its operands anew, so they are as large as possible; but weights' gradients are small in D and
+// long in k, and there should be a tile for every core. The cut depends on the shape only.
+constexpr int64_t kMostRows = 256, kMostColumns = 512, kLeastEdge = 64, kEnoughTiles = 8;
+
+struct Cut {
+    int64_t rows, cols;  // of one tile; those at the end may be smaller
+};
+
+Cut cut_into_tiles(int64_t m, int64_t n) {
+    int64_t row_parts = ceil_div(m, kMostRows), column_parts = ceil_div(n, kMostColumns);
+    while (row_parts * column_parts < kEnoughTiles && std::max(m / row_parts, n / column_parts) >= 2 * kLeastEdge)
+        (m / row_parts >= n / column_parts ? row_parts : column_parts) *= 2;
+    return {round_up(ceil_div(m, row_parts), 16), round_up(ceil_div(n, column_parts), 16)};
+}
 
 void matmul_cpu(const Product& p) {
     const float *a = p.a.as<float>(), *b = p.b.as<float>(), *c = p.c.as<float>();
     float* d = p.d.as<float>();
     bool copy_c = p.beta != 0 && c != d;
     openblas_set_num_threads(1);
-    int64_t tile_columns = ceil_div(p.n, kTile), tiles = ceil_div(p.m, kTile) * tile_columns;
+    Cut cut = cut_into_tiles(p.m, p.n);
+    int64_t tile_columns = ceil_div(p.n, cut.cols), tiles = ceil_div(p.m, cut.rows) * tile_columns;
 #pragma omp parallel for schedule(dynamic)
     for (int64_t tile = 0; tile < tiles; ++tile) {
-        int64_t i0 = tile / tile_columns * kTile, rows = std::min(kTile, p.m - i0);
-        int64_t j0 = tile % tile_columns * kTile, cols = std::min(kTile, p.n - j0);
+        int64_t i0 = tile / tile_columns * cut.rows, rows = std::min(cut.rows, p.m - i0);
+        int64_t j0 = tile % tile_columns * cut.cols, cols = std::min(cut.cols, p.n - j0);
         for (int64_t i = i0; i < i0 + rows && (copy_c || p.k == 0); ++i)
             for (int64_t j = j0; j < j0 + cols; ++j) {
                 float start = p.beta != 0 ? c[i * p.c.ld + j] : 0.0f;

@@ -27,8 +27,8 @@ else
     echo "$shards is complete"
 fi
 
-# Threads that wait asleep cost little, and much less than spinning where other programs use the cores too.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+# Threads spin for some microseconds, then wait asleep: by default they spin for so long that other programs on the cores slow them many times.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 run=runs/quickstart
 say "training (Ctrl-C stops and saves; the same command goes on)"
 if grep -qs '"finished": true' $run/metrics.jsonl; then
