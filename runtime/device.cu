@@ -205,8 +205,9 @@ void Device::upload(void* device_dst, const void* host_src, int64_t bytes) {
     if (dry_ || bytes == 0) return;
 #ifdef WITH_CUDA
     if (is_cuda()) {
+        // From pageable memory: the bytes are staged before the call returns, so there is nothing to wait for. (CUDA Runtime API,
+        // "API synchronization behavior".)
         CUDA_CHECK(cudaMemcpyAsync(device_dst, host_src, bytes, cudaMemcpyHostToDevice, cuda_->stream));
-        CUDA_CHECK(cudaStreamSynchronize(cuda_->stream));
         return;
     }
 #endif
