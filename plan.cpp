@@ -7,6 +7,7 @@
 #include "flops.h"
 #include "llama.h"
 #include "optimizer_step.h"
+#include "runtime/workers.h"
 
 namespace {
 
@@ -16,6 +17,8 @@ constexpr int64_t kContextBytes = int64_t(700) << 20;
 constexpr int64_t kWorkspaceBytes = int64_t(64) << 20;
 // Larger micro-batches than this gain nothing: GPUs are saturated, CPU caches overflow.
 constexpr int64_t kMostTokensCuda = 131072, kMostTokensCpu = 2048;
+// Matrices whose factorizations are under way at once. More gain little: factors of a large matrix fill a GPU two or three at a time.
+constexpr int kMergeWorkers = 4;
 
 double gib(int64_t bytes) { return double(bytes) / double(int64_t(1) << 30); }
 std::string amount(int64_t bytes) { return gib(bytes) < 1 ? format("%.2f MiB", 1024 * gib(bytes)) : format("%.2f GiB", gib(bytes)); }
@@ -24,8 +27,10 @@ std::string amount(int64_t bytes) { return gib(bytes) < 1 ? format("%.2f MiB", 1
 
 int64_t library_bytes(DeviceKind kind) { return kind == DeviceKind::cuda ? kWorkspaceBytes + kContextBytes : 0; }
 
-MemoryPlan plan_memory(const Config& config, DeviceKind kind, bool cache_effective) {
+MemoryPlan plan_memory(const Config& config, DeviceKind kind, bool cache_effective, int workers) {
     auto device = Device::open_dry(kind);
+    std::unique_ptr<Workers> dry_workers;
+    if (workers) dry_workers = std::make_unique<Workers>(*device, workers, 0);
     Llama model(config, *device, true, cache_effective);
     model.allocate();
     model.initialize(WeightSource{});
@@ -47,6 +52,10 @@ MemoryPlan plan_memory(const Config& config, DeviceKind kind, bool cache_effecti
         if (bytes) plan.lines.push_back({family_name(family), bytes});
     plan.scratch = device->scratch_high_water();
     plan.lines.push_back({"scratch", plan.scratch});
+    if (workers) {
+        plan.workers = workers, plan.worker_scratch = dry_workers->scratch_high_water();
+        plan.lines.push_back({"merge workers", workers * (plan.worker_scratch + Device::fork_bytes(kind))});
+    }
     if (kind == DeviceKind::cuda) plan.lines.push_back({"cuBLAS workspace", kWorkspaceBytes}), plan.lines.push_back({"CUDA context and libraries (estimate)", kContextBytes});
     for (auto& line : plan.lines) plan.total += line.second;
     return plan;
@@ -113,6 +122,11 @@ MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget) {
         if (wish == "auto" && config.low_rank()) {
             MemoryPlan cached = plan_memory(trial, kind, true);
             if (fits(cached)) plan = cached;
+        }
+        // Last, since they only shorten merges. A CPU has no idle cores to give them.
+        if (config.low_rank() && kind == DeviceKind::cuda) {
+            MemoryPlan with_workers = plan_memory(trial, kind, plan.cache_effective, kMergeWorkers);
+            if (fits(with_workers)) plan = with_workers;
         }
         config.train.micro_batch = candidate;
         config.train.effective_weights = plan.cache_effective ? "cached" : "rebuilt";

@@ -75,6 +75,7 @@ Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, b
     model_ = std::make_unique<Llama>(config_, device_, true, plan.cache_effective);
     model_->allocate();
     device_.reserve_scratch(plan.scratch);
+    if (plan.workers) workers_ = std::make_unique<Workers>(device_, plan.workers, plan.worker_scratch);
     sums_ = std::make_unique<StepSums>(device_, *model_, config_);
     if (config_.low_rank()) merges_ = merge_schedule(config_.method.merge_gap, config_.method.merge_growth, config_.method.max_gap, config_.train.steps);
 
@@ -183,10 +184,12 @@ void Trainer::evaluate() {
     progress_->note(note);
 }
 
-void Trainer::merge(const ProjectionPass& pass) {
+// waited: seconds for projections that were not done when the backward pass was.
+void Trainer::merge(const ProjectionPass& pass, double waited) {
     double begin = wall_seconds();
     // A matrix's first merge starts from its true weights, not from their NF4 round trip.
     MergeStatistics s = model_->merge(pass.step, source_ ? &source_ : nullptr);
+    s.projection_seconds += waited;
     if (model_->projected_matrices() == model_->matrices()) source_ = nullptr;
     device_.synchronize();
     double done = std::max(1, s.matrices - s.failed);
@@ -219,6 +222,9 @@ void Trainer::train_step() {
         pass.first = i == 0, pass.last = i + 1 == micro_batches;
         model_->train(batches[i], loss_scale, sums_->losses(), i, pass);
     }
+    double waited = wall_seconds();
+    if (workers_) workers_->finish();
+    waited = wall_seconds() - waited;
     double loss_sum = 0, gradient_norm = 0;
     sums_->read(*model_, micro_batches, &loss_sum, &gradient_norm);
     double loss = targets ? loss_sum / double(targets) : 0.0;
@@ -236,7 +242,7 @@ void Trainer::train_step() {
     } else {
         double scale = config_.optimizer.clip > 0 && gradient_norm > config_.optimizer.clip ? config_.optimizer.clip / gradient_norm : 1.0;
         update_parameters(device_, *model_, config_, step_, lr, scale);
-        if (pass.active) merge(pass);
+        if (pass.active) merge(pass, waited);
     }
     device_.synchronize();
     ++step_;
