@@ -32,17 +32,16 @@ void LinearGroup::project_one(Device& device, Linear& l, Tensor gradient, int64_
     Device& helper = device.workers() ? device.workers()->idle() : device;
     auto scope = std::make_shared<ScratchScope>(helper);  // until the job has ended
     ProjectionMethod method = config_->method.projection == "subspace" ? ProjectionMethod::subspace : ProjectionMethod::gram;
-    Tensor c = scope->tensor("Gram matrix of the gradient", DType::f32, l.h(), l.h()), norm = scope->tensor("squared norm", DType::f64, 1, 1);
-    gradient_gram(device, c, norm.as<double>(), gradient, l.right, method);
-    auto job = [this, &l, scope, c, norm, method, step](Device& d) {
+    Tensor c = scope->tensor("Gram matrix of the gradient", DType::f32, l.h(), l.h());
+    gradient_gram(device, c, gradient, l.right, method);
+    auto job = [this, &l, scope, c, method, step](Device& d) {
         ScratchScope inner(d);
         Tensor p = inner.tensor("new P", DType::f32, l.rank, l.h()), previous;
         if (method == ProjectionMethod::subspace && (l.projected || d.dry())) {
             previous = p;
             load_p(d, previous, l);
         }
-        ProjectionResult result = leading_eigenvectors(d, p, c, norm.as<double>(), method, previous, uint64_t(config_->train.seed),
-                                                       l.b.stream + (uint32_t(step) << 12));
+        ProjectionResult result = leading_eigenvectors(d, p, c, method, previous, uint64_t(config_->train.seed), l.b.stream + (uint32_t(step) << 12));
         l.next_ready = result.ok || d.dry();
         l.captured_energy = result.captured_energy;
         if (!l.next_ready) return;

@@ -18,7 +18,7 @@ constexpr int kWarmIterations = 6, kColdIterations = 12;
 // singular values worth the name.
 constexpr float kDiagonalShift = 1.0f / 8388608.0f;  // 2^-23
 // ‖G‖² below which the Gram matrix, made before its scale is known, would leave fp32's normal range. Such a gradient is as good as zero.
-constexpr double kLeastSquaredNorm = 1e-26;
+constexpr double kLeastTrace = 1e-26;
 
 // The eigenvalues of C are the squared singular values over their sum.
 float sum_of(const std::vector<float>& values) {
@@ -125,26 +125,25 @@ bool subspace_vectors(Device& device, Tensor p, Tensor c, Tensor previous, uint6
 
 int64_t subspace_size(int64_t r, int64_t h) { return std::min(h, round_up(r + std::max<int64_t>(32, r / 8), 64)); }
 
-void gradient_gram(Device& device, Tensor c, double* squared_norm, Tensor g, bool right, ProjectionMethod method) {
+void gradient_gram(Device& device, Tensor c, Tensor g, bool right, ProjectionMethod method) {
     int64_t h = right ? g.rows : g.cols;
     CHECK_INTERNAL(c.rows == h && c.cols == h && c.dtype == DType::f32 && g.dtype == DType::f32, "Gram matrix %lld×%lld of a %s gradient %lld×%lld",
                    (long long)c.rows, (long long)c.cols, right ? "right" : "left", (long long)g.rows, (long long)g.cols);
-    sum_of_squares(device, squared_norm, 0, g);
     matmul(device, c, 1.0f, g, right ? Op::none : Op::transpose, g, right ? Op::transpose : Op::none, 0.0f,
            method == ProjectionMethod::gram ? Fp32Products::exact : Fp32Products::tf32);
 }
 
-ProjectionResult leading_eigenvectors(Device& device, Tensor p, Tensor c, const double* squared_norm, ProjectionMethod method, Tensor previous,
-                                      uint64_t seed, uint32_t stream) {
+ProjectionResult leading_eigenvectors(Device& device, Tensor p, Tensor c, ProjectionMethod method, Tensor previous, uint64_t seed, uint32_t stream) {
     int64_t h = c.rows;
     CHECK_INTERNAL(p.cols == h && p.rows <= h && p.dtype == DType::f32 && c.cols == h && c.dtype == DType::f32, "p %lld×%lld of a Gram matrix %lld×%lld",
                    (long long)p.rows, (long long)p.cols, (long long)c.rows, (long long)c.cols);
     CHECK_INTERNAL(!previous || (previous.cols == h && previous.rows <= p.rows), "previous is %lld×%lld, p %lld×%lld", (long long)previous.rows,
                    (long long)previous.cols, (long long)p.rows, (long long)p.cols);
-    double norm = 1.0;  // what a dry device goes on with
-    device.download(&norm, squared_norm, sizeof norm);
-    if (!(norm >= kLeastSquaredNorm && norm <= FLT_MAX)) return {false, 0.0f};
-    axpby(device, c, float(1.0 / norm), c, 0.0f);
+    // ‖G‖²_F. NaN or Inf if an element is or a square overflows.
+    double trace = 0;
+    for (float x : diagonal(device, c)) trace += x;
+    if (!(trace >= kLeastTrace && trace <= FLT_MAX)) return {false, 0.0f};
+    axpby(device, c, float(1.0 / trace), c, 0.0f);
 
     float energy = 0;
     bool ok = method == ProjectionMethod::gram ? gram_vectors(device, p, c, &energy)
@@ -157,7 +156,7 @@ ProjectionResult leading_singular_vectors(Device& device, Tensor p, Tensor g, bo
                                           uint32_t stream) {
     ScratchScope scratch(device);
     int64_t h = right ? g.rows : g.cols;
-    Tensor c = scratch.tensor("Gram matrix of the gradient", DType::f32, h, h), norm = scratch.tensor("squared norm", DType::f64, 1, 1);
-    gradient_gram(device, c, norm.as<double>(), g, right, method);
-    return leading_eigenvectors(device, p, c, norm.as<double>(), method, previous, seed, stream);
+    Tensor c = scratch.tensor("Gram matrix of the gradient", DType::f32, h, h);
+    gradient_gram(device, c, g, right, method);
+    return leading_eigenvectors(device, p, c, method, previous, seed, stream);
 }
