@@ -1,61 +1,51 @@
 // Error-compensated quantization. See compensation.h. Device-neutral.
 #include "compensation.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "ops/elementwise.h"
 #include "ops/linalg.h"
 #include "ops/matmul.h"
+#include "runtime/profile.h"
 
 namespace {
 
-// One alternation after the other. The only full-size buffer is `work`, which is Ŵ, then W − deq(Q), then the error, in turn.
+// One alternation after the other, none of which waits for the GPU: squared errors stay on the device until all is done.
+// The only full-size buffer is Ŵ; W − deq(Q) takes its place, in the type of B, from a quantization to the next fit.
 struct Alternation {
     Device& device;
     const Nf4Tensor& q;
     Tensor b, w, p;
     bool right;
     float scale;
-    Tensor work;          // (out, in)
+    Tensor target;        // (out, in) f32: Ŵ
+    Tensor residual;      // the same memory in the type of B: W − deq(Q)
     Tensor b32;           // (n, r): B in fp32
-    Tensor gram, factor;  // (r, r): P·Pᵀ, and what the solver makes of it
-    Tensor sums;          // f64
+    Tensor inverse;       // (r, h), type of B: transpose of P⁺ = Pᵀ(P·Pᵀ)⁻¹
+    double* squares;      // [0] ‖W‖²; of round i: [2i − 1] ‖W − deq(Q)‖², [2i] ‖W − deq(Q) − s·P·B‖²
 
-    double norm(Tensor x) {
-        sum_of_squares(device, sums.as<double>(), 0, x);
-        double squared = 1.0;  // what a dry device goes on with
-        device.download(&squared, sums.data, sizeof squared);
-        return std::sqrt(squared);
-    }
-
-    // q ← NF4(x), work ← W − deq(q). x may be work.
-    void quantize(Tensor x) {
-        nf4_quantize(device, q, x, nullptr);
-        nf4_dequantize(device, work, q);
-        axpby(device, work, 1.0f, w, -1.0f);
-    }
-
-    // work ← start − s·P·B
-    void subtract_adapter(Tensor start) {
-        if (right) matmul(device, work, -scale, p, Op::transpose, b32, Op::transpose, 1.0f, start);
-        else matmul(device, work, -scale, b32, Op::none, p, Op::none, 1.0f, start);
-    }
-
-    // b ← least squares fit of the residual in work, rounded as it will be stored. False if P·Pᵀ is singular.
-    bool fit() {
-        matmul(device, b32, 1.0f / scale, work, right ? Op::transpose : Op::none, p, Op::transpose);
-        device.copy(factor.data, gram.data, gram.bytes());
-        if (!solve_spd_right(device, b32, factor)) return false;
-        convert(device, b, b32);
-        convert(device, b32, b);
-        return true;
-    }
-
-    // Plain NF4, B = 0. Leaves the residual in work.
+    // q ← NF4(w), B ← 0
     void without_adapter() {
-        quantize(w);
+        nf4_quantize(device, q, w, nullptr);
+        nf4_residual(device, Tensor{}, w, q, squares, 1);
         device.zero(b32);
         convert(device, b, b32);
+    }
+
+    // The rounds 1 … last. Leaves their squared errors.
+    void run(int last) {
+        for (int round = 1; round <= last; ++round) {
+            nf4_quantize(device, q, round == 1 ? w : target, nullptr);
+            nf4_residual(device, residual, w, q, squares, 2 * round - 1);
+            // B ← (1/s)·(W − deq(Q))·P⁺, rounded as it will be stored: relative error 2⁻⁹, whatever the product's inputs lose is less.
+            matmul(device, b, 1.0f / scale, residual, right ? Op::transpose : Op::none, inverse, Op::transpose, 0.0f, Fp32Products::tf32);
+            convert(device, b32, b);
+            // Ŵ ← W − s·P·B. TF32 holds B exactly and P to 2⁻¹²: 2⁻¹² of s·P·B, which itself is a tenth of W.
+            if (right) matmul(device, target, -scale, p, Op::transpose, b32, Op::transpose, 1.0f, w, Fp32Products::tf32);
+            else matmul(device, target, -scale, b32, Op::none, p, Op::none, 1.0f, w, Fp32Products::tf32);
+            nf4_residual(device, Tensor{}, target, q, squares, 2 * round);
+        }
     }
 };
 
@@ -68,36 +58,37 @@ CompensationResult quantize_with_compensation(Device& device, const Nf4Tensor& q
                    (long long)q.rows, (long long)q.cols, (long long)p.rows, (long long)p.cols, (long long)b.rows, (long long)b.cols);
     CHECK_INTERNAL(scale != 0 && rounds >= 0, "scale %g, %d rounds", scale, rounds);
     ScratchScope scratch(device);
-    Alternation a{device, q, b, w, p, right, scale, scratch.tensor("compensation residual", DType::f32, w.rows, w.cols),
-                  scratch.tensor("B in fp32", DType::f32, n, r), scratch.tensor("P·Pᵀ", DType::f32, r, r),
-                  scratch.tensor("P·Pᵀ, factored", DType::f32, r, r), scratch.tensor("norm", DType::f64, 1, 1)};
+    Tensor target = scratch.tensor("compensation target", DType::f32, w.rows, w.cols, round_up(w.cols, 8));
+    Tensor residual{target.data, b.dtype, w.rows, w.cols, target.ld};
+    Tensor b32 = scratch.tensor("B in fp32", DType::f32, n, r), inverse = scratch.tensor("P⁺", b.dtype, r, h);
+    Tensor squares = scratch.tensor("squared errors", DType::f64, 1, 2 * std::max(rounds, 1) + 1);
+    Alternation a{device, q, b, w, p, right, scale, target, residual, b32, inverse, squares.as<double>()};
+    OperationTimer timer(device, "quantize_with_compensation", 4.0 * rounds * double(w.numel() * r), 26.0 * rounds * double(w.numel()));
 
-    a.without_adapter();
-    double w_norm = a.norm(w), quant_error = w_norm > 0 ? a.norm(a.work) / w_norm : a.norm(a.work);
-    CompensationResult result{quant_error, quant_error, 0, std::isfinite(quant_error)};
-    if (rounds == 0 || !result.ok) return result;
-
-    matmul(device, a.gram, 1.0f, p, Op::none, p, Op::transpose);
-    int last = 0;  // the round that q and b hold
-    while (last < rounds && result.ok) {
-        if (last > 0) a.subtract_adapter(w), a.quantize(a.work);
-        result.ok = a.fit();
-        if (!result.ok) break;
-        ++last;
-        a.subtract_adapter(a.work);
-        double error = w_norm > 0 ? a.norm(a.work) / w_norm : a.norm(a.work);
-        if (error < result.error) result.error = error, result.best_round = last;
+    bool invertible = true;
+    if (rounds > 0) {
+        ScratchScope inverse_scope(device);
+        Tensor inverse32 = inverse_scope.tensor("P⁺ in fp32", DType::f32, r, h);
+        invertible = pseudo_inverse(device, inverse32, p);
+        convert(device, inverse, inverse32);
     }
-    if (!result.ok) result.error = quant_error, result.best_round = 0;
+    if (!invertible) rounds = 0;
+    sum_of_squares(device, a.squares, 0, w);
+    if (rounds > 0) a.run(rounds);
+    else a.without_adapter();
+
+    std::vector<double> errors(2 * std::max(rounds, 1) + 1, 1.0);  // what a dry device goes on with
+    device.download(errors.data(), squares.data, int64_t(errors.size() * sizeof(double)));
+    const double w_norm = errors[0] > 0 ? std::sqrt(errors[0]) : 1.0;
+    for (double& e : errors) e = std::sqrt(e) / w_norm;
+    CompensationResult result{errors[1], errors[1], 0, invertible && std::isfinite(errors[1])};
+    for (int round = 1; round <= rounds && result.ok; ++round)
+        if (errors[2 * round] < result.error) result.error = errors[2 * round], result.best_round = round;
 
     // Errors nearly always fall to the last round. If they did not, the best round is made again: every step is deterministic, and
     // this costs no memory for copies.
-    if (last != result.best_round || !result.ok) {
-        a.without_adapter();
-        for (int round = 1; round <= result.best_round; ++round) {
-            if (round > 1) a.subtract_adapter(w), a.quantize(a.work);
-            a.fit();
-        }
-    }
+    if (result.best_round == rounds) return result;
+    if (result.best_round > 0) a.run(result.best_round);
+    else a.without_adapter();
     return result;
 }

@@ -102,10 +102,7 @@ void LinearGroup::collect(std::vector<Parameter*>& parameters) {
 }
 
 void LinearGroup::load_source(Device& device, Tensor w, const Linear& l, const WeightSource& source) const {
-    if (device.dry()) return;
-    std::vector<float> host(l.out * l.in);
-    source(l.name, l.out, l.in, host.data());
-    device.upload(w.data, host.data(), w.bytes());
+    if (!device.dry()) source(device, l.name, 0, w);
 }
 
 void LinearGroup::load_w(Device& device, Tensor w, const Linear& l) const {

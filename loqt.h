@@ -27,9 +27,10 @@ Method method_of(const Config& config);
 enum class EffectiveWeights { cached, rebuilt, factored };
 EffectiveWeights effective_weights_of(const Config& config);  // auto that was never resolved (export, sampling): rebuilt
 
-// Writes the (rows, cols) fp32 matrix `name` (Hugging Face name and orientation) to out: random initialisation or an imported model.
-// Called again at the first merge, which starts from the true weights and not from their NF4 round trip.
-using WeightSource = std::function<void(const std::string& name, int64_t rows, int64_t cols, float* out)>;
+// Writes rows row_begin, row_begin + 1, … of the matrix `name` (Hugging Face name and orientation) to `rows`, f32 (any number, cols) on the
+// device: random initialisation or an imported model. Called again at the first merge, which starts from the true weights and not from
+// their NF4 round trip.
+using WeightSource = std::function<void(Device& device, const std::string& name, int64_t row_begin, Tensor rows)>;
 
 int64_t padded_width(int64_t width);  // width if a multiple of 8, else the next multiple of 128
 

@@ -9,6 +9,7 @@
 #include "ops/matmul.h"
 #include "runtime/metrics.h"
 #include "runtime/profile.h"
+#include "runtime/workers.h"
 
 void LinearGroup::project_gradients(Device& device, Tensor dy, Tensor x, const ProjectionPass& pass) {
     ProfileLabel label(device, "projection");
@@ -28,19 +29,29 @@ void LinearGroup::project_gradients(Device& device, Tensor dy, Tensor x, const P
     }
 }
 
+// The Gram matrix on this device; its eigenvectors on a worker's, if there are workers.
 void LinearGroup::project_one(Device& device, Linear& l, Tensor gradient, int64_t step) {
-    ScratchScope scope(device);
-    bool subspace = config_->method.projection == "subspace";
-    Tensor p = scope.tensor("new P", DType::f32, l.rank, l.h());
-    Tensor previous;
-    if (subspace && (l.projected || device.dry())) previous = dequantized_p(device, scope, l, DType::f32);
-    ProjectionResult result = leading_singular_vectors(device, p, gradient, l.right, subspace ? ProjectionMethod::subspace : ProjectionMethod::gram,
-                                                       previous, uint64_t(config_->train.seed), l.b.stream + (uint32_t(step) << 12));
-    l.next_ready = result.ok || device.dry();
-    l.captured_energy = result.captured_energy;
-    if (!l.next_ready) return;
-    if (method_ == Method::loqt) nf4_quantize(device, l.p_next_q, p, nullptr);
-    else convert(device, l.p_next, p);
+    Device& helper = device.workers() ? device.workers()->idle() : device;
+    auto scope = std::make_shared<ScratchScope>(helper);  // until the job has ended
+    ProjectionMethod method = config_->method.projection == "subspace" ? ProjectionMethod::subspace : ProjectionMethod::gram;
+    Tensor c = scope->tensor("Gram matrix of the gradient", DType::f32, l.h(), l.h());
+    gradient_gram(device, c, gradient, l.right, method);
+    auto job = [this, &l, scope, c, method, step](Device& d) {
+        ScratchScope inner(d);
+        Tensor p = inner.tensor("new P", DType::f32, l.rank, l.h()), previous;
+        if (method == ProjectionMethod::subspace && (l.projected || d.dry())) {
+            previous = p;
+            load_p(d, previous, l);
+        }
+        ProjectionResult result = leading_eigenvectors(d, p, c, method, previous, uint64_t(config_->train.seed), l.b.stream + (uint32_t(step) << 12));
+        l.next_ready = result.ok || d.dry();
+        l.captured_energy = result.captured_energy;
+        if (!l.next_ready) return;
+        if (method_ == Method::loqt) nf4_quantize(d, l.p_next_q, p, nullptr);
+        else convert(d, l.p_next, p);
+    };
+    if (device.workers()) device.workers()->start(helper, std::move(job));
+    else job(device);
 }
 
 void LinearGroup::reinitialize(Device& device, int64_t step, const WeightSource* source, MergeStatistics& statistics) {
@@ -61,7 +72,7 @@ void LinearGroup::reinitialize_one(Device& device, Linear& l, int64_t step, cons
     Tensor b = l.b.logical(l.b.value);
 
     // W in fp32 with the old adapters merged in.
-    Tensor w = scope.tensor("merged weights", DType::f32, l.out, l.in);
+    Tensor w = scope.tensor("merged weights", DType::f32, l.out, l.in, round_up(l.in, 8));
     if (source && !l.projected) load_source(device, w, l, *source);
     else load_w(device, w, l);
     Tensor p_new = scope.tensor("new P", DType::f32, l.rank, l.h());
@@ -118,11 +129,11 @@ void LinearGroup::carry_moments(Device& device, Linear& l, Tensor p_old, Tensor 
     ScratchScope scope(device);
     Tensor r = scope.tensor("basis change", DType::f32, l.rank, l.rank);
     {
-        ScratchScope gram_scope(device);
-        Tensor k = gram_scope.tensor("P·Pᵀ", DType::f32, l.rank, l.rank);
-        matmul(device, k, 1.0f, p_new, Op::none, p_new, Op::transpose);
-        matmul(device, r, 1.0f, p_old, Op::none, p_new, Op::transpose);
-        if (!solve_spd_right(device, r, k) && !device.dry()) device.zero(r);
+        ScratchScope inverse_scope(device);
+        Tensor inverse = inverse_scope.tensor("P⁺", DType::f32, l.rank, l.h());
+        bool defined = pseudo_inverse(device, inverse, p_new);
+        matmul(device, r, 1.0f, p_old, Op::none, inverse, Op::transpose);
+        if (!defined) device.zero(r);
     }
     Tensor old_moment = scope.tensor("old moment", DType::f32, l.n(), l.rank), new_moment = scope.tensor("new moment", DType::f32, l.n(), l.rank);
     auto flat = [](Tensor t) { return Tensor{t.data, t.dtype, 1, t.numel(), t.numel()}; };

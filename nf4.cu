@@ -7,7 +7,9 @@
 
 #include "dynamic_map.h"
 #include "flat_matrix.h"
+#include "ops/row_kernels.h"
 #include "runtime/cuda_context.h"
+#include "runtime/profile.h"
 
 // Quantiles of N(0, 1) at offset 0.9677083 = 1 − (1/32 + 1/30)/2, eight negative and seven positive levels and 0, divided by the
 // largest (Dettmers et al. 2023, appendix E).
@@ -19,6 +21,7 @@ constexpr float kNf4Code[16] = {
 
 namespace {
 
+constexpr int64_t kGroupsPerBlock = 1024;  // groups of 8 columns that one thread block dequantizes, and that one partial sum of squares covers
 constexpr int64_t kSumChunk = 4096;  // absmax values per partial sum: the order of summation is part of the format's reproducibility
 
 struct Nf4Tables {
@@ -127,8 +130,34 @@ template <class T> void dequantize_cpu(Tensor w, const Nf4Tensor& q) {
     }
 }
 
+// Partial sums over 8·kGroupsPerBlock elements, then their sum, so that the result does not depend on the number of threads.
+template <class T> void residual_cpu(Tensor residual, Tensor w, const Nf4Tensor& q, double* sum, double* partial) {
+    const FlatMatrix<const float> matrix(w);
+    const int64_t numel = q.numel(), chunk = 8 * kGroupsPerBlock, chunks = ceil_div(numel, chunk);
+    const uint8_t* codes = q.codes.as<uint8_t>();
+#pragma omp parallel for
+    for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t begin = c * chunk, end = std::min(numel, begin + chunk);
+        FlatCursor<const float> in(matrix, begin);
+        FlatCursor<T> out(FlatMatrix<T>(residual ? residual : w), begin);  // without a residual it is never written through
+        double squares = 0;
+        float scale = 0;
+        for (int64_t e = begin; e < end; ++e, ++in, ++out) {
+            if (e % kNf4Block == 0) scale = block_scale_cpu(q, e / kNf4Block);
+            const float difference = *in - kNf4Code[(codes[e / 2] >> (e % 2 ? 0 : 4)) & 15] * scale;
+            squares += double(difference) * double(difference);
+            if (residual) store(*out, difference);
+        }
+        partial[c] = squares;
+    }
+    *sum = 0;
+    for (int64_t c = 0; c < chunks; ++c) *sum += partial[c];
+}
+
 // ---- CUDA ---------------------------------------------------------------------------------------------------------------------
 #ifdef WITH_CUDA
+
+Tensor as_row(const Tensor& t) { return Tensor{t.data, t.dtype, 1, t.numel(), t.numel()}; }
 
 constexpr int kThreads = 256;
 
@@ -262,63 +291,89 @@ __device__ uint32_t load_codes8(const Nf4Source& q, int64_t word) {
     return (bytes & 0x0f0f0f0fu) << 4 | ((bytes >> 4) & 0x0f0f0f0fu);
 }
 
-// Work is dealt out by what is *written*: a thread writes 8 aligned columns of one row with 16-byte stores and fetches the codes
-// from wherever in the flat sequence they are, so rows of odd length cost two code words instead of one but no narrow stores.
+// Work is dealt out by what is *written*: a thread handles 8 aligned columns of one row with 16-byte accesses and fetches the codes
+// from wherever in the flat sequence they are, so rows of odd length cost two code words instead of one but no narrow accesses.
 // Four such groups per thread, all loads first, keep enough bytes in flight.
 constexpr int kGroupsPerThread = 4;
+static_assert(kGroupsPerBlock == kThreads * kGroupsPerThread, "groups of a thread block");
 
-template <class T, bool nested>
-__global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(T* w, int64_t ld, uint32_t groups, uint32_t groups_per_row, int64_t cols, bool aligned, Nf4Source q) {
-    __shared__ float code_value[16];  // 16 different banks: no conflicts whatever the codes
-    if (threadIdx.x < 16) code_value[threadIdx.x] = kDeviceTables.code[threadIdx.x];
-    __syncthreads();
+struct GroupGrid {  // the 8-column groups of a matrix
+    int64_t cols, ld;
+    uint32_t count, per_row;
+    unsigned blocks;  // thread blocks that cover them
 
-    uint32_t codes[kGroupsPerThread];
-    float scale[kGroupsPerThread], next_scale[kGroupsPerThread];
-    int straddle[kGroupsPerThread], count[kGroupsPerThread];  // elements before the next NF4 block; elements of the group
-    T* out[kGroupsPerThread];
-#pragma unroll
-    for (int u = 0; u < kGroupsPerThread; ++u) {
-        const int64_t group = (int64_t(blockIdx.x) * kGroupsPerThread + u) * kThreads + threadIdx.x;
-        count[u] = 0;
-        if (group >= groups) continue;
-        const uint32_t row = uint32_t(group) / groups_per_row;
-        const int64_t column = int64_t(uint32_t(group) - row * groups_per_row) * 8;
-        const int64_t first = row * cols + column;
-        count[u] = int(min(int64_t(8), cols - column));
-        out[u] = w + row * ld + column;
-        const int64_t word = first / 8;
-        const int shift = int(first % 8) * 4;
-        codes[u] = load_codes8(q, word);
-        if (shift) codes[u] = __funnelshift_r(codes[u], load_codes8(q, word + 1), shift);
-        const int64_t block = first / kNf4Block;
-        straddle[u] = int(kNf4Block - first % kNf4Block);
-        scale[u] = block_scale<nested>(q, block);
-        next_scale[u] = straddle[u] < count[u] ? block_scale<nested>(q, block + 1) : 0.0f;
+    explicit GroupGrid(const Tensor& t) : cols(t.cols), ld(t.ld), per_row(uint32_t(ceil_div(t.cols, 8))) {
+        const int64_t groups = t.rows * per_row;
+        CHECK_INTERNAL(groups < (int64_t(1) << 32), "NF4 matrix of %lld elements", (long long)t.numel());
+        count = uint32_t(groups), blocks = unsigned(ceil_div(groups, kGroupsPerBlock));
     }
+};
+
+// The quantized form of one group.
+template <bool nested> struct CodeGroup {
+    uint32_t row, codes;
+    int64_t column;
+    float scale, next_scale;
+    int straddle, count = 0;  // elements before the next NF4 block; elements of the group
+
+    __device__ void load(const GroupGrid& grid, const Nf4Source& q, int64_t group) {
+        if (group >= grid.count) return;
+        row = uint32_t(group) / grid.per_row;
+        column = int64_t(uint32_t(group) - row * grid.per_row) * 8;
+        count = int(min(int64_t(8), grid.cols - column));
+        const int64_t first = row * grid.cols + column, word = first / 8, block = first / kNf4Block;
+        const int shift = int(first % 8) * 4;
+        codes = load_codes8(q, word);
+        if (shift) codes = __funnelshift_r(codes, load_codes8(q, word + 1), shift);
+        straddle = int(kNf4Block - first % kNf4Block);
+        scale = block_scale<nested>(q, block);
+        next_scale = straddle < count ? block_scale<nested>(q, block + 1) : 0.0f;
+    }
+    __device__ float value(const float* code_value, int k) const {
+        return __fmul_rn(code_value[(codes >> (4 * k)) & 15], k < straddle ? scale : next_scale);
+    }
+    __device__ int64_t offset(int64_t ld) const { return row * ld + column; }
+};
+
+__device__ int64_t group_index(int u) { return (int64_t(blockIdx.x) * kGroupsPerThread + u) * kThreads + threadIdx.x; }
+
+// Elements 0 .. count − 1 of pack to or from memory, all at once where that is possible.
+template <class T> __device__ void store_group(T* out, const Pack8<T>& pack, int count, bool aligned) {
+    if (count == 8 && aligned) return pack.store(out);
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+        if (k < count) out[k] = pack.x[k];
+}
+
+template <class T> __device__ void load_group(Pack8<T>& pack, const T* in, int count, bool aligned) {
+    if (count == 8 && aligned) return pack.load(in);
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+        if (k < count) pack.x[k] = in[k];
+}
+
+__device__ void copy_code_values(float (&shared)[16]) {  // 16 different banks: no conflicts whatever the codes
+    if (threadIdx.x < 16) shared[threadIdx.x] = kDeviceTables.code[threadIdx.x];
+    __syncthreads();
+}
+
+template <class T, bool nested> __global__ void __launch_bounds__(kThreads) dequantize_kernel(T* w, GroupGrid grid, bool aligned, Nf4Source q) {
+    __shared__ float code_value[16];
+    copy_code_values(code_value);
+    CodeGroup<nested> group[kGroupsPerThread];
+#pragma unroll
+    for (int u = 0; u < kGroupsPerThread; ++u) group[u].load(grid, q, group_index(u));
 #pragma unroll
     for (int u = 0; u < kGroupsPerThread; ++u) {
-        if (count[u] == 0) continue;
+        if (group[u].count == 0) continue;
         Pack8<T> pack;
 #pragma unroll
-        for (int k = 0; k < 8; ++k)
-            store(pack.x[k], __fmul_rn(code_value[(codes[u] >> (4 * k)) & 15], k < straddle[u] ? scale[u] : next_scale[u]));
-        if (count[u] == 8 && aligned) {
-            pack.store(out[u]);
-        } else {
-#pragma unroll
-            for (int k = 0; k < 8; ++k)
-                if (k < count[u]) out[u][k] = pack.x[k];
-        }
+        for (int k = 0; k < 8; ++k) store(pack.x[k], group[u].value(code_value, k));
+        store_group(w + group[u].offset(grid.ld), pack, group[u].count, aligned);
     }
 }
 
-template <class T> void dequantize_cuda(CudaContext& cuda, Tensor w, const Nf4Tensor& q) {
-    const FlatMatrix<T> matrix(w);  // one long row if contiguous
-    const int64_t rows = matrix.numel / matrix.cols, groups_per_row = ceil_div(matrix.cols, 8), groups = rows * groups_per_row;
-    CHECK_INTERNAL(groups < (int64_t(1) << 32), "NF4 matrix of %lld elements", (long long)matrix.numel);
-    const bool aligned = (reinterpret_cast<uintptr_t>(matrix.data) & 15) == 0 && (rows == 1 || matrix.ld * int64_t(sizeof(T)) % 16 == 0);
+Nf4Source source_of(const Nf4Tensor& q) {
     Nf4Source source{};
     source.codes = q.codes.as<uint8_t>();
     source.code_bytes = (q.numel() + 1) / 2;
@@ -329,9 +384,67 @@ template <class T> void dequantize_cuda(CudaContext& cuda, Tensor w, const Nf4Te
     } else {
         source.absmax = q.absmax.as<float>();
     }
-    const unsigned grid = unsigned(ceil_div(groups, kThreads * kGroupsPerThread));
+    return source;
+}
+
+template <class T> void dequantize_cuda(CudaContext& cuda, Tensor w, const Nf4Tensor& q) {
+    if (w.contiguous()) w = as_row(w);
+    const GroupGrid grid(w);
     auto kernel = q.nested ? dequantize_kernel<T, true> : dequantize_kernel<T, false>;
-    kernel<<<grid, kThreads, 0, cuda.stream>>>(matrix.data, matrix.ld, uint32_t(groups), uint32_t(groups_per_row), matrix.cols, aligned, source);
+    kernel<<<grid.blocks, kThreads, 0, cuda.stream>>>(w.as<T>(), grid, aligned_rows(w), source_of(q));
+    LAUNCH_CHECK();
+}
+
+// residual (unless null) = w − deq(q); partial[block] = Σ (w − deq(q))² over the groups of the block.
+template <class T, bool nested>
+__global__ void __launch_bounds__(kThreads)
+    residual_kernel(T* residual, int64_t ld_residual, bool aligned_residual, double* partial, const float* w, GroupGrid grid, bool aligned, Nf4Source q) {
+    __shared__ float code_value[16];
+    copy_code_values(code_value);
+    CodeGroup<nested> group[kGroupsPerThread];
+    Pack8<float> x[kGroupsPerThread];
+#pragma unroll
+    for (int u = 0; u < kGroupsPerThread; ++u) {
+        group[u].load(grid, q, group_index(u));
+        if (group[u].count) load_group(x[u], w + group[u].offset(grid.ld), group[u].count, aligned);
+    }
+    double sum = 0;
+#pragma unroll
+    for (int u = 0; u < kGroupsPerThread; ++u) {
+        if (group[u].count == 0) continue;
+        Pack8<T> pack;
+        float squares = 0;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            const float difference = k < group[u].count ? x[u].x[k] - group[u].value(code_value, k) : 0.0f;
+            squares = fmaf(difference, difference, squares);
+            store(pack.x[k], difference);
+        }
+        sum += double(squares);
+        if (residual) store_group(residual + group[u].offset(ld_residual), pack, group[u].count, aligned_residual);
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+__global__ void __launch_bounds__(kThreads) add_partials_kernel(double* out, const double* partial, int64_t count) {
+    double sum = 0;
+    for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += partial[i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) *out = sum;
+}
+
+template <class T> void residual_cuda(CudaContext& cuda, Tensor residual, Tensor w, const Nf4Tensor& q, double* sum, double* partial) {
+    if (w.contiguous() && (!residual || residual.contiguous())) {  // else the rows of both are walked one by one
+        w = as_row(w);
+        if (residual) residual = as_row(residual);
+    }
+    const GroupGrid grid(w);
+    T* out = residual ? residual.as<T>() : nullptr;
+    auto kernel = q.nested ? residual_kernel<T, true> : residual_kernel<T, false>;
+    kernel<<<grid.blocks, kThreads, 0, cuda.stream>>>(out, residual.ld, aligned_rows(residual), partial, w.as<float>(), grid, aligned_rows(w), source_of(q));
+    LAUNCH_CHECK();
+    add_partials_kernel<<<1, kThreads, 0, cuda.stream>>>(sum, partial, grid.blocks);
     LAUNCH_CHECK();
 }
 #endif
@@ -341,6 +454,9 @@ void check_shapes(const Nf4Tensor& q, const Tensor& w) {
                    (long long)q.rows, (long long)q.cols);
     CHECK_INTERNAL(w.dtype == DType::f32 || w.dtype == DType::bf16, "NF4 of %s", safetensors_name(w.dtype));
 }
+
+// The bytes of q and of w without its padding.
+double traffic(const Nf4Tensor& q, const Tensor& w) { return double(q.numel()) * (double(size_of(w.dtype)) + (q.nested ? 0.515869 : 0.5625)); }
 
 }  // namespace
 
@@ -361,14 +477,30 @@ void nf4_quantize(Device& device, const Nf4Tensor& q, Tensor w, int32_t* nonfini
     } else {
         absmax = q.absmax.as<float>();
     }
+    OperationTimer timer(device, "nf4_quantize", 0, traffic(q, w));
     ON_DEVICE(device, quantize_cuda(device.cuda(), q, w, absmax, partial, nonfinite), quantize_cpu(q, w, absmax, partial, nonfinite));
 }
 
 void nf4_dequantize(Device& device, Tensor w, const Nf4Tensor& q) {
     check_shapes(q, w);
     if (q.numel() == 0) return;
+    OperationTimer timer(device, "nf4_dequantize", 0, traffic(q, w));
     if (w.dtype == DType::bf16)
         ON_DEVICE(device, dequantize_cuda<bf16>(device.cuda(), w, q), dequantize_cpu<bf16>(w, q));
     else
         ON_DEVICE(device, dequantize_cuda<float>(device.cuda(), w, q), dequantize_cpu<float>(w, q));
+}
+
+void nf4_residual(Device& device, Tensor residual, Tensor w, const Nf4Tensor& q, double* sums, int64_t slot) {
+    check_shapes(q, w);
+    CHECK_INTERNAL(w.dtype == DType::f32, "the residual of %s", safetensors_name(w.dtype));
+    if (residual) check_shapes(q, residual);
+    ScratchScope scratch(device);
+    // As many partial sums as a matrix with padded rows needs.
+    double* partial = scratch.tensor("NF4 partial sums", DType::f64, 1, ceil_div(w.rows * ceil_div(w.cols, 8), kGroupsPerBlock) + 1).as<double>();
+    OperationTimer timer(device, "nf4_residual", 0, traffic(q, w) + (residual ? double(q.numel() * size_of(residual.dtype)) : 0.0));
+    if (residual && residual.dtype == DType::bf16)
+        ON_DEVICE(device, residual_cuda<bf16>(device.cuda(), residual, w, q, sums + slot, partial), residual_cpu<bf16>(residual, w, q, sums + slot, partial));
+    else
+        ON_DEVICE(device, residual_cuda<float>(device.cuda(), residual, w, q, sums + slot, partial), residual_cpu<float>(residual, w, q, sums + slot, partial));
 }

@@ -7,6 +7,7 @@
 #include "flops.h"
 #include "llama.h"
 #include "optimizer_step.h"
+#include "runtime/workers.h"
 
 namespace {
 
@@ -16,6 +17,8 @@ constexpr int64_t kContextBytes = int64_t(700) << 20;
 constexpr int64_t kWorkspaceBytes = int64_t(64) << 20;
 // Larger micro-batches than this gain nothing: GPUs are saturated, CPU caches overflow.
 constexpr int64_t kMostTokensCuda = 131072, kMostTokensCpu = 2048;
+// Matrices whose factorizations are under way at once. More gain little: factors of a large matrix fill a GPU two or three at a time.
+constexpr int kMergeWorkers = 4;
 
 double gib(int64_t bytes) { return double(bytes) / double(int64_t(1) << 30); }
 std::string amount(int64_t bytes) { return gib(bytes) < 1 ? format("%.2f MiB", 1024 * gib(bytes)) : format("%.2f GiB", gib(bytes)); }
@@ -24,8 +27,10 @@ std::string amount(int64_t bytes) { return gib(bytes) < 1 ? format("%.2f MiB", 1
 
 int64_t library_bytes(DeviceKind kind) { return kind == DeviceKind::cuda ? kWorkspaceBytes + kContextBytes : 0; }
 
-MemoryPlan plan_memory(const Config& config, DeviceKind kind) {
+MemoryPlan plan_memory(const Config& config, DeviceKind kind, int workers) {
     auto device = Device::open_dry(kind);
+    std::unique_ptr<Workers> dry_workers;
+    if (workers) dry_workers = std::make_unique<Workers>(*device, workers, 0);
     Llama model(config, *device, true);
     model.allocate();
     model.initialize(WeightSource{});
@@ -46,6 +51,10 @@ MemoryPlan plan_memory(const Config& config, DeviceKind kind) {
         if (bytes) plan.lines.push_back({family_name(family), bytes});
     plan.scratch = device->scratch_high_water();
     plan.lines.push_back({"scratch", plan.scratch});
+    if (workers) {
+        plan.workers = workers, plan.worker_scratch = dry_workers->scratch_high_water();
+        plan.lines.push_back({"merge workers", workers * (plan.worker_scratch + Device::fork_bytes(kind))});
+    }
     if (kind == DeviceKind::cuda) plan.lines.push_back({"cuBLAS workspace", kWorkspaceBytes}), plan.lines.push_back({"CUDA context and libraries (estimate)", kContextBytes});
     for (auto& line : plan.lines) plan.total += line.second;
     return plan;
@@ -123,12 +132,16 @@ MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget) {
             MemoryPlan plan = smallest = plan_memory(trial, kind);
             if (!fits(plan)) continue;
             config = trial;
-            if (!choose_way || !config.low_rank()) return plan;
+            if (!config.low_rank()) return plan;
             trial.train.effective_weights = "cached";
-            MemoryPlan cached = plan_memory(trial, kind);
-            if (!fits(cached)) return plan;
-            config = trial;
-            return cached;
+            if (choose_way) {
+                MemoryPlan cached = plan_memory(trial, kind);
+                if (fits(cached)) plan = cached, config = trial;
+            }
+            // Workers come last, since they only shorten merges. A CPU has no idle cores to give them.
+            if (kind != DeviceKind::cuda) return plan;
+            MemoryPlan with_workers = plan_memory(config, kind, kMergeWorkers);
+            return fits(with_workers) ? with_workers : plan;
         }
     }
     throw UserError(format("does not fit: %s planned at a micro-batch of %lld sequences, %s allowed; %s", amount(smallest.total).c_str(),

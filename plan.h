@@ -12,6 +12,8 @@ struct MemoryPlan {
     std::vector<std::pair<std::string, int64_t>> lines;  // family or fixed cost, bytes
     int64_t scratch = 0;
     int64_t total = 0;
+    int workers = 0;               // threads that share the work of merges (runtime/workers.h), and the scratch of each
+    int64_t worker_scratch = 0;
 };
 
 // Bytes a device of this kind takes before any tensor: CUDA context and library handles (an estimate) and cuBLAS' workspace; 0 on a CPU.
@@ -21,9 +23,10 @@ int64_t library_bytes(DeviceKind kind);
 int64_t memory_budget(const Config& config, const Device* device);
 
 // For a resolved micro-batch and resolved train.effective_weights.
-MemoryPlan plan_memory(const Config& config, DeviceKind kind);
+MemoryPlan plan_memory(const Config& config, DeviceKind kind, int workers = 0);
 
-// Chooses train.micro_batch and train.effective_weights where they are auto, within `budget` bytes (0 = no limit), and writes both
+// Chooses train.micro_batch and train.effective_weights where they are auto, and whether merges have workers, within `budget` bytes (0 = no
+// limit), and writes the first two
 // into the configuration. Throws UserError if not even the smallest fits, saying what would make it fit.
 MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget);
 

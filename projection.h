@@ -20,5 +20,10 @@ struct ProjectionResult {
 ProjectionResult leading_singular_vectors(Device& device, Tensor p, Tensor g, bool right, ProjectionMethod method, Tensor previous, uint64_t seed,
                                           uint32_t stream);
 
+// The same in two parts, for two devices that share memory (see Device::fork): c: (h, h) f32 takes the place of g, which is then free.
+// subspace: c is a TF32 product. c is destroyed by the second part; previous may be p.
+void gradient_gram(Device& device, Tensor c, Tensor g, bool right, ProjectionMethod method);
+ProjectionResult leading_eigenvectors(Device& device, Tensor p, Tensor c, ProjectionMethod method, Tensor previous, uint64_t seed, uint32_t stream);
+
 // Number of vectors that subspace iterates on: r plus an eighth, at least 32 more, rounded up to 64, at most h.
 int64_t subspace_size(int64_t r, int64_t h);

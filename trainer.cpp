@@ -75,6 +75,7 @@ Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, b
     model_ = std::make_unique<Llama>(config_, device_, true);
     model_->allocate();
     device_.reserve_scratch(plan.scratch);
+    if (plan.workers) workers_ = std::make_unique<Workers>(device_, plan.workers, plan.worker_scratch);
     sums_ = std::make_unique<StepSums>(device_, *model_, config_);
     if (config_.low_rank()) merges_ = merge_schedule(config_.method.merge_gap, config_.method.merge_growth, config_.method.max_gap, config_.train.steps);
 
@@ -187,10 +188,12 @@ void Trainer::evaluate() {
     progress_->note(note);
 }
 
-void Trainer::merge(const ProjectionPass& pass) {
+// waited: seconds for projections that were not done when the backward pass was.
+void Trainer::merge(const ProjectionPass& pass, double waited) {
     double begin = wall_seconds();
     // A matrix's first merge starts from its true weights, not from their NF4 round trip.
     MergeStatistics s = model_->merge(pass.step, source_ ? &source_ : nullptr);
+    s.projection_seconds += waited;
     if (model_->projected_matrices() == model_->matrices()) source_ = nullptr;
     device_.synchronize();
     double done = std::max(1, s.matrices - s.failed);
@@ -208,7 +211,7 @@ void Trainer::train_step() {
     // Should step 0 be skipped as not finite, the first merge is made up for at the next step.
     bool never_merged = config_.low_rank() && model_->projected_matrices() == 0;
     ProjectionPass pass = projection_pass(config_, step_, never_merged || std::binary_search(merges_.begin(), merges_.end(), step_));
-    auto [loss, gradient_norm] = accumulate_gradients(*model_, *sums_, batches, pass);
+    auto [loss, gradient_norm, waited] = accumulate_gradients(device_, *model_, *sums_, batches, pass);
     double lr = learning_rate(config_, step_);
 
     if (!std::isfinite(loss) || !std::isfinite(gradient_norm)) {
@@ -222,7 +225,7 @@ void Trainer::train_step() {
         ++skipped_;
     } else {
         apply_gradients(device_, *model_, config_, step_, lr, gradient_norm);
-        if (pass.active) merge(pass);
+        if (pass.active) merge(pass, waited);
     }
     device_.synchronize();
     ++step_;

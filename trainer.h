@@ -10,6 +10,7 @@
 #include "runtime/data.h"
 #include "runtime/files.h"
 #include "runtime/metrics.h"
+#include "runtime/workers.h"
 #include "training_step.h"
 
 // Set by SIGINT and SIGTERM: the loop finishes its step, saves and returns.
@@ -27,7 +28,7 @@ class Trainer {
     void start_fresh();
     void restore();
     void train_step();
-    void merge(const ProjectionPass& pass);
+    void merge(const ProjectionPass& pass, double waited);
     void evaluate();
     void save();
     void report_step(double loss, double gradient_norm, double lr, double seconds);
@@ -44,6 +45,7 @@ class Trainer {
     std::unique_ptr<DirectoryLock> lock_;  // two processes in one run directory would spoil each other's checkpoints
     std::unique_ptr<TokenDataset> train_data_, val_data_;
     std::unique_ptr<Llama> model_;
+    std::unique_ptr<Workers> workers_;  // after the model, which their jobs use
     std::unique_ptr<StepSums> sums_;
     std::unique_ptr<BatchStream> stream_;
     std::unique_ptr<MetricsFile> metrics_;

@@ -1,5 +1,8 @@
 #include "training_step.h"
 
+#include "runtime/metrics.h"
+#include "runtime/workers.h"
+
 ProjectionPass projection_pass(const Config& config, int64_t step, bool merges) {
     ProjectionPass pass;
     pass.step = step;
@@ -8,7 +11,7 @@ ProjectionPass projection_pass(const Config& config, int64_t step, bool merges) 
     return pass;
 }
 
-StepGradients accumulate_gradients(Llama& model, StepSums& sums, const std::vector<Batch>& batches, ProjectionPass pass) {
+StepGradients accumulate_gradients(Device& device, Llama& model, StepSums& sums, const std::vector<Batch>& batches, ProjectionPass pass) {
     int64_t targets = 0, count = int64_t(batches.size());
     for (const Batch& batch : batches) targets += batch.valid_targets;
     float loss_scale = targets ? float(1.0 / double(targets)) : 0.0f;
@@ -18,6 +21,11 @@ StepGradients accumulate_gradients(Llama& model, StepSums& sums, const std::vect
         model.train(batches[i], loss_scale, sums.losses(), i, pass);
     }
     StepGradients result;
+    if (device.workers()) {
+        double begin = wall_seconds();
+        device.workers()->finish();
+        result.waited = wall_seconds() - begin;
+    }
     double loss_sum = 0;
     sums.read(model, count, &loss_sum, &result.norm);
     if (targets) result.loss = loss_sum / double(targets);

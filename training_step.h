@@ -9,11 +9,12 @@ ProjectionPass projection_pass(const Config& config, int64_t step, bool merges);
 struct StepGradients {
     double loss = 0;  // mean over the counted targets of all micro-batches, nats
     double norm = 0;  // ‖gradient‖ over all parameters, before clipping
+    double waited = 0;  // seconds for projections that were not done when the backward pass was
 };
 
 // Forward and backward over the micro-batches of one step. Leaves the gradient of that mean loss in the parameters, and on a merge step the
 // new projections in their layers. Synchronizes.
-StepGradients accumulate_gradients(Llama& model, StepSums& sums, const std::vector<Batch>& batches, ProjectionPass pass);
+StepGradients accumulate_gradients(Device& device, Llama& model, StepSums& sums, const std::vector<Batch>& batches, ProjectionPass pass);
 
 // AdamW with the gradients just accumulated, scaled down to optimizer.clip where their norm is larger.
 void apply_gradients(Device& device, Llama& model, const Config& config, int64_t step, double lr, double gradient_norm);

@@ -1,10 +1,10 @@
 #include "weight_source.h"
 
-#include <algorithm>
 #include <memory>
+#include <utility>
 
+#include "ops/random.h"
 #include "runtime/hf.h"
-#include "runtime/philox.h"
 
 namespace {
 
@@ -22,15 +22,24 @@ bool is_norm(const std::string& name) { return name.find("norm") != std::string:
 WeightSource random_weights(const Config& config) {
     uint64_t seed = uint64_t(config.train.seed);
     float std_dev = float(config.model.init_std);
-    return [seed, std_dev](const std::string& name, int64_t rows, int64_t cols, float* out) {
-        int64_t n = rows * cols;
-        if (is_norm(name)) {
-            for (int64_t i = 0; i < n; ++i) out[i] = 1.0f;
-            return;
-        }
-        uint32_t stream = stream_of(name);
-#pragma omp parallel for
-        for (int64_t i = 0; i < n; ++i) out[i] = std_dev * normal_draw(seed, stream, uint64_t(i));
+    return [seed, std_dev](Device& device, const std::string& name, int64_t row_begin, Tensor rows) {
+        if (is_norm(name)) fill(device, rows, 1.0f);
+        else fill_normal(device, rows, std_dev, seed, stream_of(name), uint64_t(row_begin * rows.cols));
+    };
+}
+
+WeightSource host_weights(HostWeights read) {
+    struct Matrix {  // the last one read: a large one is asked for in pieces
+        std::string name;
+        std::vector<float> values;
+    };
+    return [read = std::move(read), last = std::make_shared<Matrix>()](Device& device, const std::string& name, int64_t row_begin, Tensor rows) {
+        if (last->name != name) read(name, last->values);
+        last->name = name;
+        int64_t begin = row_begin * rows.cols;
+        CHECK_INTERNAL(begin + rows.numel() <= int64_t(last->values.size()), "%s has %zu elements", name.c_str(), last->values.size());
+        if (rows.contiguous()) return device.upload(rows.data, last->values.data() + begin, rows.bytes());
+        for (int64_t r = 0; r < rows.rows; ++r) device.upload(rows.at(r, 0), last->values.data() + begin + r * rows.cols, rows.cols * int64_t(sizeof(float)));
     };
 }
 
@@ -56,12 +65,7 @@ WeightSource huggingface_weights(const Config& config, const std::string& direct
     if (config.model.rms_eps != s.rms_eps) throw UserError(format("model.rms_eps: %s has %g, the configuration %g", directory.c_str(), s.rms_eps, config.model.rms_eps));
     if (config.model.rope_base != s.rope_base)
         throw UserError(format("model.rope_base: %s has %g, the configuration %g", directory.c_str(), s.rope_base, config.model.rope_base));
-    return [model](const std::string& name, int64_t rows, int64_t cols, float* out) {
-        std::vector<float> values;
-        model->read(name, values);
-        CHECK_INTERNAL(int64_t(values.size()) == rows * cols, "%s has %zu elements", name.c_str(), values.size());
-        std::copy(values.begin(), values.end(), out);
-    };
+    return host_weights([model](const std::string& name, std::vector<float>& values) { model->read(name, values); });
 }
 
 void adopt_huggingface_shape(Config& config, const std::string& directory) {

@@ -14,6 +14,7 @@
 #include "plan.h"
 #include "runtime/metrics.h"
 #include "runtime/profile.h"
+#include "runtime/workers.h"
 #include "training_step.h"
 #include "weight_source.h"
 
@@ -102,6 +103,7 @@ class Run {
         : config_(config), device_(device), model_(config_, device, true), sums_(device, model_, config_), batches_(random_batches(config_)) {
         model_.allocate();
         device_.reserve_scratch(plan.scratch);
+        if (plan.workers) workers_ = std::make_unique<Workers>(device_, plan.workers, plan.worker_scratch);
         model_.initialize(random_weights(config_));
         // The first merge brings loqt into the state it trains in: every matrix has P and B. It also warms up the merge.
         if (config_.low_rank()) step(true);
@@ -111,7 +113,7 @@ class Run {
     // One optimizer step, by the clock of the trainer's step_ms. The loss goes to loss().
     double step(bool merges) {
         double begin = wall_seconds();
-        StepGradients gradients = accumulate_gradients(model_, sums_, batches_, projection_pass(config_, step_, merges));
+        StepGradients gradients = accumulate_gradients(device_, model_, sums_, batches_, projection_pass(config_, step_, merges));
         if (!std::isfinite(gradients.loss) || !std::isfinite(gradients.norm)) throw UserError("the loss is not finite; what was timed is not training");
         apply_gradients(device_, model_, config_, step_, learning_rate(config_, step_), gradients.norm);
         if (merges) model_.merge(step_, nullptr);
@@ -150,6 +152,7 @@ class Run {
   private:
     Config config_;
     Device& device_;
+    std::unique_ptr<Workers> workers_;
     Llama model_;
     StepSums sums_;
     std::vector<Batch> batches_;
@@ -183,7 +186,7 @@ json measure(const Options& options, Config config) {
         config.method.projection = config.method.projection == "gram" ? "subspace" : "gram";
         device = nullptr;  // gives its memory back
         device = Device::open(config.run.device);
-        MemoryPlan other = plan_memory(config, device->kind());
+        MemoryPlan other = plan_memory(config, device->kind(), plan.workers);
         result["merges"][config.method.projection] = Run(config, *device, other).timed_merges(options.merges, plain);
     }
     return result;

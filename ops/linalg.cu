@@ -9,12 +9,13 @@
 #include <algorithm>
 #include <cmath>
 
+#include "ops/elementwise.h"
 #include "ops/matmul.h"
 #include "runtime/cuda_context.h"
+#include "runtime/profile.h"
 
 extern "C" {
 void spotrf_(const char* uplo, const int* n, float* a, const int* lda, int* info);
-void spotrs_(const char* uplo, const int* n, const int* nrhs, const float* a, const int* lda, float* b, const int* ldb, int* info);
 void sgeqrf_(const int* m, const int* n, float* a, const int* lda, float* tau, float* work, const int* lwork, int* info);
 void sorgqr_(const int* m, const int* n, const int* k, float* a, const int* lda, const float* tau, float* work, const int* lwork, int* info);
 void ssyevd_(const char* jobz, const char* uplo, const int* n, float* a, const int* lda, float* w, float* work, const int* lwork, int* iwork,
@@ -42,6 +43,9 @@ void check_square(const char* what, const Tensor& a) {
                    safetensors_name(a.dtype));
 }
 
+// Orthonormal rows have the identity as their Gram matrix and as its Cholesky factor. NaN is bad.
+HOST_DEVICE bool bad_pivot(float pivot, bool identity) { return !(fabsf(pivot - 1.0f) < (identity ? 1e-2f : INFINITY)); }
+
 // ---- CPU ---------------------------------------------------------------------------------------------------------------
 // One BLAS thread, so that results do not depend on the thread count.
 
@@ -52,17 +56,17 @@ void cholesky_cpu(Tensor a, int32_t* info) {
     *info = status;
 }
 
-void cholesky_solve_cpu(Tensor x, Tensor factor, int32_t* info) {
+// Rows of y times L⁻ᵀ (transpose) or L⁻¹ on the right of the column-major matrix that they are the columns of: y ← L⁻¹·y or L⁻ᵀ·y.
+void solve_factor_cpu(Tensor y, Tensor factor, Op op) {
     openblas_set_num_threads(1);
-    int n = fortran_int(factor.rows), ld = fortran_int(factor.ld), nrhs = fortran_int(x.rows), ldx = fortran_int(x.ld), status = 0;
-    spotrs_("L", &n, &nrhs, factor.as<float>(), &ld, x.as<float>(), &ldx, &status);
-    *info = status;
+    cblas_strsm(CblasColMajor, CblasRight, CblasLower, op == Op::none ? CblasTrans : CblasNoTrans, CblasNonUnit, blasint(y.cols), blasint(y.rows), 1.0f,
+                factor.as<float>(), blasint(factor.ld), y.as<float>(), blasint(y.ld));
 }
 
-void whiten_rows_cpu(Tensor y, Tensor factor) {
-    openblas_set_num_threads(1);
-    cblas_strsm(CblasColMajor, CblasRight, CblasLower, CblasTrans, CblasNonUnit, blasint(y.cols), blasint(y.rows), 1.0f, factor.as<float>(),
-                blasint(factor.ld), y.as<float>(), blasint(y.ld));
+void check_factor_cpu(int32_t* failed, Tensor factor, const int32_t* info, bool identity) {
+    for (int64_t i = 0; i < factor.rows; ++i)
+        if (bad_pivot(factor.as<float>()[i * factor.ld + i], identity)) *failed = 1;
+    if (*info != 0) *failed = 1;
 }
 
 void eigen_cpu(Tensor a, float* eigenvalues, Tensor workspace, int32_t* info) {
@@ -88,11 +92,11 @@ void scale_diagonal_cpu(Tensor a, float factor) {
     for (int64_t i = 0; i < a.rows; ++i) a.as<float>()[i * a.ld + i] *= factor;
 }
 
-// dst[i] = ±src[first + step·i], the sign that makes the largest-magnitude entry positive.
-void signed_rows_cpu(Tensor dst, Tensor src, int64_t first, int64_t step) {
+// dst[i] = ±src[order[i]], the sign that makes the largest-magnitude entry positive. Without an order rows are reversed.
+void signed_rows_cpu(Tensor dst, Tensor src, const int32_t* order) {
 #pragma omp parallel for
     for (int64_t i = 0; i < dst.rows; ++i) {
-        const float* in = src.as<float>() + (first + step * i) * src.ld;
+        const float* in = src.as<float>() + (order ? order[i] : src.rows - 1 - i) * src.ld;
         float* out = dst.as<float>() + i * dst.ld;
         float largest = 0;
         for (int64_t j = 0; j < dst.cols; ++j)
@@ -119,15 +123,21 @@ void cholesky_cuda(const CudaContext& cuda, Tensor a, Tensor workspace, std::vec
                                     workspace.data, device_bytes, host.data(), host_bytes, info));
 }
 
-void cholesky_solve_cuda(const CudaContext& cuda, Tensor x, Tensor factor, int32_t* info) {
-    CUSOLVER_CHECK(cusolverDnXpotrs(cuda.solver, cuda.solver_params, CUBLAS_FILL_MODE_LOWER, factor.rows, x.rows, CUDA_R_32F, factor.data, factor.ld,
-                                    CUDA_R_32F, x.data, x.ld, info));
+void solve_factor_cuda(const CudaContext& cuda, Tensor y, Tensor factor, Op op) {
+    float one = 1.0f;
+    CUBLAS_CHECK(cublasStrsm(cuda.blas, CUBLAS_SIDE_RIGHT, CUBLAS_FILL_MODE_LOWER, op == Op::none ? CUBLAS_OP_T : CUBLAS_OP_N, CUBLAS_DIAG_NON_UNIT,
+                             fortran_int(y.cols), fortran_int(y.rows), &one, factor.as<float>(), fortran_int(factor.ld), y.as<float>(), fortran_int(y.ld)));
 }
 
-void whiten_rows_cuda(const CudaContext& cuda, Tensor y, Tensor factor) {
-    float one = 1.0f;
-    CUBLAS_CHECK(cublasStrsm(cuda.blas, CUBLAS_SIDE_RIGHT, CUBLAS_FILL_MODE_LOWER, CUBLAS_OP_T, CUBLAS_DIAG_NON_UNIT, fortran_int(y.cols),
-                             fortran_int(y.rows), &one, factor.as<float>(), fortran_int(factor.ld), y.as<float>(), fortran_int(y.ld)));
+__global__ void check_factor_kernel(int32_t* failed, const float* a, int64_t n, int64_t ld, const int32_t* info, bool identity) {
+    bool bad = *info != 0;
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) bad |= bad_pivot(a[i * ld + i], identity);
+    if (bad) *failed = 1;
+}
+
+void check_factor_cuda(const CudaContext& cuda, int32_t* failed, Tensor factor, const int32_t* info, bool identity) {
+    check_factor_kernel<<<1, 256, 0, cuda.stream>>>(failed, factor.as<float>(), factor.rows, factor.ld, info, identity);
+    LAUNCH_CHECK();
 }
 
 void householder_cuda(const CudaContext& cuda, Tensor y, float* tau, Tensor workspace, int32_t* info) {
@@ -175,9 +185,9 @@ void scale_diagonal_cuda(const CudaContext& cuda, Tensor a, float factor) {
 
 constexpr int kRowThreads = 256;
 
-// One block per row. dst may be src (with first = 0, step = 1): a row is read to its end before any of it is written.
-__global__ void signed_rows_kernel(float* dst, int64_t ld_dst, const float* src, int64_t ld_src, int64_t cols, int64_t first, int64_t step) {
-    const float* in = src + (first + step * int64_t(blockIdx.x)) * ld_src;
+// One block per row.
+__global__ void signed_rows_kernel(float* dst, int64_t ld_dst, const float* src, int64_t ld_src, int64_t rows, int64_t cols, const int32_t* order) {
+    const float* in = src + (order ? order[blockIdx.x] : rows - 1 - int64_t(blockIdx.x)) * ld_src;
     float* out = dst + int64_t(blockIdx.x) * ld_dst;
     __shared__ float best[kRowThreads];
     __shared__ int64_t where[kRowThreads];
@@ -201,8 +211,8 @@ __global__ void signed_rows_kernel(float* dst, int64_t ld_dst, const float* src,
     for (int64_t j = threadIdx.x; j < cols; j += kRowThreads) out[j] = negate ? -in[j] : in[j];
 }
 
-void signed_rows_cuda(const CudaContext& cuda, Tensor dst, Tensor src, int64_t first, int64_t step) {
-    signed_rows_kernel<<<unsigned(dst.rows), kRowThreads, 0, cuda.stream>>>(dst.as<float>(), dst.ld, src.as<float>(), src.ld, dst.cols, first, step);
+void signed_rows_cuda(const CudaContext& cuda, Tensor dst, Tensor src, const int32_t* order) {
+    signed_rows_kernel<<<unsigned(dst.rows), kRowThreads, 0, cuda.stream>>>(dst.as<float>(), dst.ld, src.as<float>(), src.ld, src.rows, dst.cols, order);
     LAUNCH_CHECK();
 }
 #endif
@@ -215,14 +225,14 @@ void cholesky(Device& device, Tensor a, Tensor workspace, std::vector<char>& hos
     ON_DEVICE(device, cholesky_cuda(device.cuda(), a, workspace, host, info), cholesky_cpu(a, info));
 }
 
-// Rows of x times (L·Lᵀ)⁻¹.
-void cholesky_solve(Device& device, Tensor x, Tensor factor, int32_t* info) {
-    ON_DEVICE(device, cholesky_solve_cuda(device.cuda(), x, factor, info), cholesky_solve_cpu(x, factor, info));
+// y ← L⁻¹·y (rows whose Gram matrix was L·Lᵀ become orthonormal) or, with Op::transpose, L⁻ᵀ·y.
+void solve_factor(Device& device, Tensor y, Tensor factor, Op op) {
+    ON_DEVICE(device, solve_factor_cuda(device.cuda(), y, factor, op), solve_factor_cpu(y, factor, op));
 }
 
-// y ← L⁻¹·y: rows whose Gram matrix was L·Lᵀ become orthonormal.
-void whiten_rows(Device& device, Tensor y, Tensor factor) {
-    ON_DEVICE(device, whiten_rows_cuda(device.cuda(), y, factor), whiten_rows_cpu(y, factor));
+// *failed ← 1 if the factorization of status *info failed or, with `identity`, the factor is not nearly the identity.
+void check_factor(Device& device, int32_t* failed, Tensor factor, const int32_t* info, bool identity) {
+    ON_DEVICE(device, check_factor_cuda(device.cuda(), failed, factor, info, identity), check_factor_cpu(failed, factor, info, identity));
 }
 
 // Rows of y become an orthonormal basis that contains their span, whatever their rank.
@@ -239,39 +249,42 @@ void scale_diagonal(Device& device, Tensor a, float factor) {
     ON_DEVICE(device, scale_diagonal_cuda(device.cuda(), a, factor), scale_diagonal_cpu(a, factor));
 }
 
-void signed_rows(Device& device, Tensor dst, Tensor src, int64_t first, int64_t step) {
-    ON_DEVICE(device, signed_rows_cuda(device.cuda(), dst, src, first, step), signed_rows_cpu(dst, src, first, step));
+void signed_rows(Device& device, Tensor dst, Tensor src, const int32_t* order) {
+    ON_DEVICE(device, signed_rows_cuda(device.cuda(), dst, src, order), signed_rows_cpu(dst, src, order));
 }
 
 }  // namespace
 
-bool solve_spd_right(Device& device, Tensor x, Tensor k) {
-    check_square("k", k);
-    int64_t r = k.rows;
-    CHECK_INTERNAL(x.cols == r && x.dtype == DType::f32, "x is %lld×%lld, k is of order %lld", (long long)x.rows, (long long)x.cols, (long long)r);
+bool pseudo_inverse(Device& device, Tensor inverse, Tensor p) {
+    int64_t r = p.rows, h = p.cols;
+    CHECK_INTERNAL(inverse.rows == r && inverse.cols == h && inverse.dtype == DType::f32 && p.dtype == DType::f32, "p is %lld×%lld, its inverse %lld×%lld",
+                   (long long)r, (long long)h, (long long)inverse.rows, (long long)inverse.cols);
     ScratchScope scratch(device);
+    Tensor gram = scratch.tensor("P·Pᵀ", DType::f32, r, r);
     Tensor workspace = scratch.tensor("Cholesky workspace", DType::u8, 1, workspace_bytes(device, r));
     Tensor diagonals = scratch.tensor("diagonals", DType::f32, 2, r);
-    Tensor info = scratch.tensor("status", DType::i32, 1, 2);
+    Tensor info = scratch.tensor("status", DType::i32, 1, 1);
     std::vector<char> host_workspace;
+    OperationTimer timer(device, "pseudo_inverse", 4.0 * double(r * r * h), 8.0 * double(r * h));
 
-    read_diagonal(device, diagonals.row_slice(0, 1), k);
-    cholesky(device, k, workspace, host_workspace, info.as<int32_t>());
-    read_diagonal(device, diagonals.row_slice(1, 1), k);
-    if (x.rows > 0) cholesky_solve(device, x, k, info.as<int32_t>() + 1);
-    else device.zero(info.at(0, 1), sizeof(int32_t));
+    matmul(device, gram, 1.0f, p, Op::none, p, Op::transpose);
+    read_diagonal(device, diagonals.row_slice(0, 1), gram);
+    cholesky(device, gram, workspace, host_workspace, info.as<int32_t>());
+    read_diagonal(device, diagonals.row_slice(1, 1), gram);
+    convert(device, inverse, p);
+    solve_factor(device, inverse, gram, Op::none);
+    solve_factor(device, inverse, gram, Op::transpose);
     if (device.dry()) return true;
 
-    std::vector<float> before(r), after(r);
-    int32_t status[2];
-    device.download(before.data(), diagonals.at(0, 0), r * int64_t(sizeof(float)));
-    device.download(after.data(), diagonals.at(1, 0), r * int64_t(sizeof(float)));
-    device.download(status, info.data, sizeof status);
+    std::vector<float> pivots(2 * r);
+    int32_t status = 0;
+    device.download(pivots.data(), diagonals.data, diagonals.bytes());
+    device.download(&status, info.data, sizeof status);
     // A pivot that cancelled down to rounding noise means a singular matrix, although the factorization went through: with 1e-4 of its
-    // diagonal left, a solution has three digits at best. The Gram matrices solved here have pivots near 1. NaN fails too.
+    // diagonal left, a solution has three digits at best. The matrices met here have pivots near 1. NaN fails too.
     constexpr float kLeastPivot = 1e-4f;
-    bool definite = status[0] == 0 && status[1] == 0;
-    for (int64_t i = 0; i < r; ++i) definite = definite && after[i] * after[i] > kLeastPivot * before[i];
+    bool definite = status == 0;
+    for (int64_t i = 0; i < r; ++i) definite = definite && pivots[r + i] * pivots[r + i] > kLeastPivot * pivots[i];
     return definite;
 }
 
@@ -286,11 +299,12 @@ bool top_eigenvectors(Device& device, Tensor v, std::vector<float>& values, Tens
     Tensor info = scratch.tensor("status", DType::i32, 1, 1);
     std::vector<char> host_workspace;
     if (r == 0) return true;
+    OperationTimer timer(device, "top_eigenvectors", 9.0 * double(m) * double(m) * double(m), 4.0 * double(m * m + r * m));
 
     // Eigenvectors replace c, one per row, ascending.
     ON_DEVICE(device, eigen_cuda(device.cuda(), c, eigenvalues.as<float>(), workspace, host_workspace, info.as<int32_t>()),
               eigen_cpu(c, eigenvalues.as<float>(), workspace, info.as<int32_t>()));
-    signed_rows(device, v, c, m - 1, -1);
+    signed_rows(device, v, c, nullptr);
     if (device.dry()) return true;
 
     int32_t status = 0;
@@ -302,51 +316,101 @@ bool top_eigenvectors(Device& device, Tensor v, std::vector<float>& values, Tens
     return status == 0;
 }
 
+namespace {
+
+// What a pass of CholeskyQR works with.
+struct GramFactor {
+    Tensor gram, workspace, info;
+    Tensor diagonal;  // of a factor, or what Householder reflections need
+    std::vector<char> host_workspace;
+
+    GramFactor(Device& device, ScratchScope& scratch, int64_t k)
+        : gram(scratch.tensor("Gram matrix", DType::f32, k, k)),
+          workspace(scratch.tensor("orthonormalization workspace", DType::u8, 1, workspace_bytes(device, k))), info(scratch.tensor("status", DType::i32, 1, 2)),
+          diagonal(scratch.tensor("diagonal", DType::f32, 1, k)) {}
+
+    // gram ← the Cholesky factor of y·yᵀ, shifted in the first pass.
+    void factorize(Device& device, Tensor y, int pass) {
+        matmul(device, gram, 1.0f, y, Op::none, y, Op::transpose);
+        // The published shift u‖Y‖²·I, taken relative to each row's norm, as if the rows had been scaled to equal norms first:
+        // rows of very different norms (a power iteration's) are then no worse than rows of equal ones.
+        if (pass == 0) scale_diagonal(device, gram, 1.0f + float(y.rows) * kUnitRoundoff);
+        cholesky(device, gram, workspace, host_workspace, info.as<int32_t>());
+    }
+};
+
+constexpr int kPasses = 3;
+
+// Per pass: the Gram matrix, its factor, the solution.
+double cholesky_qr_flops(Tensor y, int passes) { return passes * (3.0 * double(y.rows) * double(y.rows) * double(y.cols)); }
+
+}  // namespace
+
 bool orthonormalize_rows(Device& device, Tensor y, Degenerate degenerate) {
     int64_t k = y.rows;
     CHECK_INTERNAL(k <= y.cols && y.dtype == DType::f32, "%lld rows of length %lld cannot be orthonormal", (long long)k, (long long)y.cols);
     ScratchScope scratch(device);
-    Tensor gram = scratch.tensor("Gram matrix", DType::f32, k, k);
-    Tensor workspace = scratch.tensor("orthonormalization workspace", DType::u8, 1, workspace_bytes(device, k));
-    Tensor diagonal = scratch.tensor("diagonal", DType::f32, 1, k);
-    Tensor info = scratch.tensor("status", DType::i32, 1, 2);
-    std::vector<char> host_workspace;
+    GramFactor factor(device, scratch, k);
     if (k == 0) return true;
+    OperationTimer timer(device, "orthonormalize_rows", cholesky_qr_flops(y, kPasses), 8.0 * double(y.numel()));
     auto succeeded = [&](int count) {
         int32_t status[2] = {0, 0};
-        device.download(status, info.data, count * int64_t(sizeof(int32_t)));
+        device.download(status, factor.info.data, count * int64_t(sizeof(int32_t)));
         return status[0] == 0 && status[1] == 0;
     };
-    // Orthonormal rows have a Gram matrix with ones on its diagonal, and so has its Cholesky factor. NaN fails.
-    auto ones_on_diagonal = [&](Tensor a) {
+    auto ones_on_diagonal = [&] {
         std::vector<float> values(k, 1.0f);
-        read_diagonal(device, diagonal, a);
-        device.download(values.data(), diagonal.data, k * int64_t(sizeof(float)));
-        for (float d : values)
-            if (!(std::fabs(d - 1.0f) < 1e-2f)) return false;
-        return true;
+        read_diagonal(device, factor.diagonal, factor.gram);
+        device.download(values.data(), factor.diagonal.data, k * int64_t(sizeof(float)));
+        return std::none_of(values.begin(), values.end(), [](float d) { return bad_pivot(d, true); });
     };
 
     bool good = true;
-    for (int pass = 0; pass < 3 && good; ++pass) {
-        matmul(device, gram, 1.0f, y, Op::none, y, Op::transpose);
-        // The published shift u‖Y‖²·I, taken relative to each row's norm, as if the rows had been scaled to equal norms first:
-        // rows of very different norms (a power iteration's) are then no worse than rows of equal ones.
-        if (pass == 0) scale_diagonal(device, gram, 1.0f + float(k) * kUnitRoundoff);
-        cholesky(device, gram, workspace, host_workspace, info.as<int32_t>());
+    for (int pass = 0; pass < kPasses && good; ++pass) {
+        factor.factorize(device, y, pass);
         good = succeeded(1);
-        if (good) whiten_rows(device, y, gram);
+        if (good) solve_factor(device, y, factor.gram, Op::none);
     }
     // The third factor is the identity if the second pass already left nearly orthonormal rows.
-    if (good && ones_on_diagonal(gram)) return true;
+    if (good && ones_on_diagonal()) return true;
     if (degenerate == Degenerate::fail) return false;
-    householder(device, y, diagonal.as<float>(), workspace, info.as<int32_t>());
+    householder(device, y, factor.diagonal.as<float>(), factor.workspace, factor.info.as<int32_t>());
     if (!succeeded(2)) return false;
-    matmul(device, gram, 1.0f, y, Op::none, y, Op::transpose);
-    return ones_on_diagonal(gram);
+    matmul(device, factor.gram, 1.0f, y, Op::none, y, Op::transpose);
+    return ones_on_diagonal();
 }
 
-void fix_row_signs(Device& device, Tensor v) {
-    CHECK_INTERNAL(v.dtype == DType::f32, "v is %s", safetensors_name(v.dtype));
-    if (v.rows > 0) signed_rows(device, v, v, 0, 1);
+void orthonormalize_unchecked(Device& device, Tensor y, int passes, int32_t* failed) {
+    CHECK_INTERNAL(y.rows <= y.cols && y.dtype == DType::f32 && (passes == 1 || passes == kPasses), "%lld rows of length %lld, %d passes", (long long)y.rows,
+                   (long long)y.cols, passes);
+    ScratchScope scratch(device);
+    GramFactor factor(device, scratch, y.rows);
+    if (y.rows == 0) return;
+    OperationTimer timer(device, "orthonormalize_rows", cholesky_qr_flops(y, passes), 8.0 * double(y.numel()));
+    for (int pass = 0; pass < passes; ++pass) {
+        factor.factorize(device, y, pass);
+        check_factor(device, failed, factor.gram, factor.info.as<int32_t>(), pass + 1 == kPasses);
+        solve_factor(device, y, factor.gram, Op::none);
+    }
+}
+
+std::vector<float> diagonal(Device& device, Tensor a) {
+    CHECK_INTERNAL(a.dtype == DType::f32 && a.rows == a.cols, "the diagonal of %lld×%lld %s", (long long)a.rows, (long long)a.cols, safetensors_name(a.dtype));
+    std::vector<float> values(a.rows, 1.0f);  // what a dry device goes on with
+    if (a.rows == 0) return values;
+    ScratchScope scratch(device);
+    Tensor copy = scratch.tensor("diagonal", DType::f32, 1, a.rows);
+    read_diagonal(device, copy, a);
+    device.download(values.data(), copy.data, copy.bytes());
+    return values;
+}
+
+void gather_rows(Device& device, Tensor dst, Tensor src, const std::vector<int32_t>& order) {
+    CHECK_INTERNAL(dst.rows == int64_t(order.size()) && dst.cols == src.cols && dst.dtype == DType::f32 && src.dtype == DType::f32 && dst.data != src.data,
+                   "%zu of %lld rows of length %lld to %lld×%lld", order.size(), (long long)src.rows, (long long)src.cols, (long long)dst.rows, (long long)dst.cols);
+    if (order.empty()) return;
+    ScratchScope scratch(device);
+    Tensor indices = scratch.tensor("order of rows", DType::i32, 1, dst.rows);
+    device.upload(indices.data, order.data(), indices.bytes());
+    signed_rows(device, dst, src, indices.as<int32_t>());
 }

@@ -2,9 +2,9 @@
 #pragma once
 #include "runtime/device.h"
 
-// x ← x·k⁻¹ for symmetric positive definite k: (r, r) f32, x: (n, r) f32. k is overwritten by its Cholesky factor.
-// Returns false (x undefined) if k is not positive definite to working precision. Synchronizes.
-bool solve_spd_right(Device& device, Tensor x, Tensor k);
+// inverse ← (p·pᵀ)⁻¹·p, (r, h) f32: the transpose of the pseudo-inverse of p: (r, h) f32, by Cholesky: for rows that are nearly
+// orthonormal. Returns false (inverse undefined) if p has no full row rank to working precision or is not finite. Synchronizes.
+bool pseudo_inverse(Device& device, Tensor inverse, Tensor p);
 
 // Eigenvectors of the symmetric c: (m, m) f32 that belong to its r largest eigenvalues, as rows of v: (r, m) f32, largest first, each
 // row's largest-magnitude entry positive. values: host, r eigenvalues descending. c is destroyed. Returns false if it did not converge.
@@ -16,6 +16,14 @@ bool top_eigenvectors(Device& device, Tensor v, std::vector<float>& values, Tens
 enum class Degenerate { fail, complete };
 bool orthonormalize_rows(Device& device, Tensor y, Degenerate degenerate = Degenerate::fail);
 
-// Negates the rows of v (f32) whose largest-magnitude entry (the first of equal ones) is negative: singular vectors have no sign of
-// their own, and runs should agree on one.
-void fix_row_signs(Device& device, Tensor v);
+// One pass (of 1) or all three of orthonormalize_rows without waiting for any: for iterations, where a pass in between keeps y well
+// conditioned and only the end has to be orthonormal. *failed (device, i32) becomes 1 if a factorization failed or, after three passes, the
+// rows are not orthonormal; y is then undefined.
+void orthonormalize_unchecked(Device& device, Tensor y, int passes, int32_t* failed);
+
+// The diagonal of the square a (f32), to the host. Synchronizes.
+std::vector<float> diagonal(Device& device, Tensor a);
+
+// dst row i = ±src row order[i], f32: negated where its largest-magnitude entry (the first of equal ones) is negative, since singular vectors
+// have no sign of their own and runs should agree on one. dst is not src.
+void gather_rows(Device& device, Tensor dst, Tensor src, const std::vector<int32_t>& order);

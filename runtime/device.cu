@@ -23,9 +23,9 @@ char* const kDryAddress = reinterpret_cast<char*>(uintptr_t(1) << 40);
 
 std::string gibibytes(int64_t bytes) { return format("%.3f GiB", double(bytes) / double(int64_t(1) << 30)); }
 
-#ifdef WITH_CUDA
-constexpr size_t kBlasWorkspace = size_t(64) << 20;
+constexpr int64_t kBlasWorkspace = int64_t(64) << 20;
 
+#ifdef WITH_CUDA
 std::unique_ptr<CudaContext> open_cuda(int ordinal) {
     auto context = std::make_unique<CudaContext>();
     context->ordinal = ordinal;
@@ -39,7 +39,7 @@ std::unique_ptr<CudaContext> open_cuda(int ordinal) {
     CUSOLVER_CHECK(cusolverDnSetStream(context->solver, context->stream));
     CUSOLVER_CHECK(cusolverDnSetDeterministicMode(context->solver, CUSOLVER_DETERMINISTIC_RESULTS));
     CUSOLVER_CHECK(cusolverDnCreateParams(&context->solver_params));
-    context->workspace_bytes = kBlasWorkspace;
+    context->workspace_bytes = size_t(kBlasWorkspace);
     CUDA_CHECK(cudaMalloc(&context->workspace, context->workspace_bytes));
     CUBLAS_CHECK(cublasSetWorkspace(context->blas, context->workspace, context->workspace_bytes));
     return context;
@@ -110,6 +110,20 @@ std::unique_ptr<Device> Device::open_dry(DeviceKind kind) {
     device->name_ = "dry run";
     return device;
 }
+
+std::unique_ptr<Device> Device::fork() const {
+    std::unique_ptr<Device> device(new Device);
+    device->kind_ = kind_, device->dry_ = dry_, device->name_ = name_;
+#ifdef WITH_CUDA
+    if (is_cuda() && !dry_) {
+        device->cuda_ = open_cuda(cuda_->ordinal);
+        note_free_memory(*cuda_);
+    }
+#endif
+    return device;
+}
+
+int64_t Device::fork_bytes(DeviceKind kind) { return kind == DeviceKind::cuda ? kBlasWorkspace : 0; }
 
 Device::~Device() {
     if (dry_) return;
@@ -251,6 +265,25 @@ void Device::zero(void* dst, int64_t bytes) {
 void Device::synchronize() {
 #ifdef WITH_CUDA
     if (is_cuda() && !dry_) CUDA_CHECK(cudaStreamSynchronize(cuda_->stream));
+#endif
+}
+
+void Device::wait_for(Device& other) {
+#ifdef WITH_CUDA
+    if (!is_cuda() || dry_ || &other == this) return;
+    cudaEvent_t event = nullptr;
+    CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    CUDA_CHECK(cudaEventRecord(event, other.cuda_->stream));
+    CUDA_CHECK(cudaStreamWaitEvent(cuda_->stream, event, 0));
+    CUDA_CHECK(cudaEventDestroy(event));  // freed once it has happened
+#else
+    (void)other;
+#endif
+}
+
+void Device::make_current() {
+#ifdef WITH_CUDA
+    if (is_cuda() && !dry_) CUDA_CHECK(cudaSetDevice(cuda_->ordinal));
 #endif
 }
 

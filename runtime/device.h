@@ -14,6 +14,7 @@
 #include "runtime/tensor.h"
 
 class Profiler;      // runtime/profile.h
+class Workers;       // runtime/workers.h
 struct CudaContext;  // streams and handles; defined in runtime/cuda_context.h for operation files only
 
 enum class DeviceKind { cpu, cuda };
@@ -27,6 +28,10 @@ class Device {
     static std::unique_ptr<Device> open_dry(DeviceKind kind);
     // True if a CUDA device can be used by this binary on this machine; why_not says what is missing.
     static bool cuda_usable(std::string* why_not = nullptr);
+    // A second device on the same hardware with a stream, library handles, workspace and scratch of its own, for another host thread; dry
+    // if this one is. Memory is shared; the order of work is not: see wait_for. Its library workspace takes fork_bytes().
+    std::unique_ptr<Device> fork() const;
+    static int64_t fork_bytes(DeviceKind kind);
     ~Device();
     Device(const Device&) = delete;
 
@@ -40,6 +45,9 @@ class Device {
     // Not owned; null (the rule) when nothing is being timed.
     Profiler* profiler() const { return profiler_; }
     void attach_profiler(Profiler* profiler) { profiler_ = profiler; }
+    // Not owned; null: whatever could be given to another thread is done at once.
+    Workers* workers() const { return workers_; }
+    void attach_workers(Workers* workers) { workers_ = workers; }
 
     // Memory. A failed allocation throws UserError naming `what` and the bytes, with the table of what is held.
     void* allocate(int64_t bytes, const std::string& what);
@@ -54,6 +62,10 @@ class Device {
     void zero(void* dst, int64_t bytes);
     void zero(const Tensor& t) { zero(t.data, t.bytes()); }
     void synchronize();
+    // What is queued here from now on starts after all that is queued on `other` by now.
+    void wait_for(Device& other);
+    // A thread that uses a device which another thread opened calls this first.
+    void make_current();
 
     // Scratch: a LIFO stack for everything that lives within one operation, layer or step. Blocks are 256-byte aligned.
     // reserve_scratch allocates the stack once; the high-water mark of a dry run says how much.
@@ -70,6 +82,7 @@ class Device {
     std::string name_;
     std::unique_ptr<CudaContext> cuda_;
     Profiler* profiler_ = nullptr;
+    Workers* workers_ = nullptr;
     std::map<void*, std::pair<int64_t, std::string>> held_;
     int64_t allocated_ = 0;
     char* scratch_base_ = nullptr;

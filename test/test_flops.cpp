@@ -19,7 +19,7 @@ double booked_flops_per_token(const Config& config) {
         b.groups = group_tokens(b.tokens.data(), b.rows * b.seq, config.model.vocab);
     }
     auto step = [&](int64_t number, bool merges) {
-        StepGradients gradients = accumulate_gradients(small.model, small.sums, batches, projection_pass(config, number, merges));
+        StepGradients gradients = accumulate_gradients(*device, small.model, small.sums, batches, projection_pass(config, number, merges));
         apply_gradients(*device, small.model, config, number, 1e-3, gradients.norm);
         if (merges) small.model.merge(number, nullptr);
     };

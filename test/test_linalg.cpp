@@ -1,4 +1,6 @@
 // Cholesky solves, eigenvectors and orthonormalization against fp64 oracles.
+#include <array>
+
 #include "ops/linalg.h"
 #include "test/jacobi.h"
 #include "test/support.h"
@@ -16,45 +18,56 @@ Matrix64 symmetric_with(std::mt19937_64& rng, const std::vector<double>& eigenva
     return times_transposed(scaled, columns, m, m, m);
 }
 
-void check_solve(Device& device, std::mt19937_64& rng, int64_t n, int64_t r, int64_t pad) {
-    INFO("n " << n << " r " << r << " pad " << pad);
-    std::vector<double> spectrum(r);
-    for (int64_t i = 0; i < r; ++i) spectrum[i] = 0.5 + 2.0 * double(i) / double(r);
-    Matrix64 k = symmetric_with(rng, spectrum);
-    std::vector<float> solution = random_normal(rng, n * r);
-    OnDevice dk(device, DType::f32, r, r, to_floats(k), r + pad), dx(device, DType::f32, n, r, to_floats(times_transposed(solution, k, n, r, r)), r + 2 * pad);
-    REQUIRE(solve_spd_right(device, dx, dk));
-    if (n > 0) CHECK(relative_error(dx.read(), solution) < 5e-6);
+// p = Vᵀ·diag(singular values)·V·U with orthonormal V and rows of U, and what its inverse must be.
+struct Invertible {
+    std::vector<float> p, inverse;
+};
+
+Invertible with_singular_values(std::mt19937_64& rng, const std::vector<double>& values, int64_t h) {
+    int64_t r = int64_t(values.size());
+    Matrix64 v = random_orthonormal(rng, r, r), u = transposed(random_orthonormal(rng, r, h), r, h), columns = transposed(v, r, r);
+    auto product = [&](bool inverted) {
+        Matrix64 scaled = columns;
+        for (int64_t i = 0; i < r; ++i)
+            for (int64_t j = 0; j < r; ++j) scaled[i * r + j] *= inverted ? 1.0 / values[j] : values[j];
+        return to_floats(times_transposed(times_transposed(scaled, columns, r, r, r), u, r, h, r));
+    };
+    return {product(false), product(true)};
 }
 
-void check_solves(Device& device) {
+void check_pseudo_inverse(Device& device) {
     uint64_t seed = fresh_seed();
     INFO("seed " << seed);
     std::mt19937_64 rng(seed);
-    for (int64_t r : {1, 2, 17, 64, 100})
-        for (int64_t n : {0, 1, 33, 300}) check_solve(device, rng, n, r, n == 33 ? 3 : 0);
+    for (auto [r, h, pad] : {std::array<int64_t, 3>{1, 1, 0}, {1, 9, 2}, {2, 5, 0}, {17, 17, 3}, {64, 200, 0}, {100, 333, 5}}) {
+        INFO("r " << r << " h " << h << " pad " << pad);
+        std::vector<double> values(r);
+        for (int64_t i = 0; i < r; ++i) values[i] = 0.7 + 0.9 * double(i) / double(r);
+        Invertible x = with_singular_values(rng, values, h);
+        OnDevice p(device, DType::f32, r, h, x.p, h + pad), inverse(device, DType::f32, r, h, h + 2 * pad);
+        REQUIRE(pseudo_inverse(device, inverse, p));
+        CHECK(relative_error(inverse.read(), x.inverse) < 5e-6);
+        CHECK(p.read() == x.p);
+    }
 
-    std::vector<float> x = random_normal(rng, 10 * 32);
-    auto solvable = [&](const Matrix64& k) {
-        OnDevice dk(device, DType::f32, 32, 32, to_floats(k)), dx(device, DType::f32, 10, 32, x);
-        return solve_spd_right(device, dx, dk);
+    auto invertible = [&](const std::vector<float>& rows) {
+        OnDevice p(device, DType::f32, 32, 40, rows), inverse(device, DType::f32, 32, 40);
+        return pseudo_inverse(device, inverse, p);
     };
-    std::vector<double> spectrum(32, 1.0);
-    CHECK(solvable(symmetric_with(rng, spectrum)));
-    // Singular to fp32's precision, whatever sign the rounding leaves: the identity less nearly all of one direction.
-    Matrix64 flat(32 * 32, -(1.0 - 1e-9) / 32.0);
-    for (int i = 0; i < 32; ++i) flat[i * 33] += 1.0;
-    CHECK_FALSE(solvable(flat));
-    spectrum[5] = -0.1;
-    CHECK_FALSE(solvable(symmetric_with(rng, spectrum)));
-    // Two rows that agree to the last bit but one: the factorization succeeds on a pivot of pure rounding noise.
-    Matrix64 twins(32 * 32, 0.0);
-    for (int i = 0; i < 32; ++i) twins[i * 33] = 1.0;
-    CHECK(solvable(twins));
-    twins[1] = twins[32] = 1.0, twins[33] = 1.0 + std::pow(2.0, -23);
-    CHECK_FALSE(solvable(twins));
-    CHECK_FALSE(solvable(Matrix64(32 * 32, 0.0)));
-    CHECK_FALSE(solvable(Matrix64(32 * 32, NAN)));
+    std::vector<double> values(32, 1.0);
+    CHECK(invertible(with_singular_values(rng, values, 40).p));
+    // Singular to fp32's precision, whatever sign the rounding leaves.
+    values[5] = 1e-4;
+    CHECK_FALSE(invertible(with_singular_values(rng, values, 40).p));
+    // Two rows that agree to the last bit but one: the factorization may succeed on a pivot of pure rounding noise.
+    std::vector<float> twins(32 * 40, 0.0f);
+    for (int i = 0; i < 32; ++i) twins[i * 41] = 1.0f;
+    CHECK(invertible(twins));
+    std::copy(twins.begin(), twins.begin() + 40, twins.begin() + 40);
+    twins[41] = 1e-5f;
+    CHECK_FALSE(invertible(twins));
+    CHECK_FALSE(invertible(std::vector<float>(32 * 40, 0.0f)));
+    CHECK_FALSE(invertible(std::vector<float>(32 * 40, NAN)));
 }
 
 // Every property that makes rows of v the top eigenvectors of c: C·v = λv, orthonormal, λ right, order, signs.
@@ -163,11 +176,47 @@ void check_orthonormalization(Device& device) {
     CHECK(relative_error(times_transposed(coefficients, transposed(q, k, m), k, m, k), low) < 5e-6);
 }
 
-void check_signs(Device& device) {
+void check_gather(Device& device) {
     std::vector<float> v = {1, -3, 2, 0, 0, 0, -2, 2, -1, 5, -4, 3};
-    OnDevice dv(device, DType::f32, 4, 3, v, 5);
-    fix_row_signs(device, dv);
-    CHECK(dv.read() == std::vector<float>{-1, 3, -2, 0, 0, 0, 2, -2, 1, 5, -4, 3});
+    OnDevice src(device, DType::f32, 4, 3, v, 5), dst(device, DType::f32, 3, 3, 4);
+    gather_rows(device, dst, src, {3, 0, 2});
+    CHECK(dst.read() == std::vector<float>{5, -4, 3, -1, 3, -2, 2, -2, 1});
+    gather_rows(device, dst, src, {1, 1, 0});
+    CHECK(dst.read() == std::vector<float>{0, 0, 0, 0, 0, 0, -1, 3, -2});
+    OnDevice square(device, DType::f32, 3, 3, std::vector<float>{1, 2, 3, 4, 5, 6, 7, 8, 9}, 7);
+    CHECK(diagonal(device, square) == std::vector<float>{1, 5, 9});
+}
+
+// Chains of products and single passes, as an iteration makes them, end orthonormal in the span where the exact ones do; what cannot be
+// factored is reported.
+void check_unchecked(Device& device) {
+    uint64_t seed = fresh_seed();
+    INFO("seed " << seed);
+    std::mt19937_64 rng(seed);
+    int64_t k = 40, m = 131;
+    std::vector<float> rows = random_normal(rng, k * m);
+    for (int64_t i = 0; i < k * m; ++i) rows[i] *= std::pow(10.0f, float(i / m) / 5 - 4);  // rows of very different norms
+    OnDevice failed(device, DType::i32, 1, 1, std::vector<float>{0}), y(device, DType::f32, k, m, rows, m + 1);
+    orthonormalize_unchecked(device, y, 1, failed.t.as<int32_t>());
+    CHECK(orthonormality_error(y.read(), k, m) < 0.1);
+    orthonormalize_unchecked(device, y, 3, failed.t.as<int32_t>());
+    CHECK(failed.read()[0] == 0);
+    std::vector<float> q = y.read();
+    CHECK(orthonormality_error(q, k, m) < 3e-6);
+    Matrix64 coefficients = times_transposed(rows, q, k, k, m);
+    CHECK(relative_error(times_transposed(coefficients, transposed(q, k, m), k, m, k), rows) < 5e-6);
+
+    for (float bad : {0.0f, NAN}) {
+        std::fill(rows.begin() + 3 * m, rows.begin() + 4 * m, bad);
+        y.write(rows);
+        failed.write({0});
+        orthonormalize_unchecked(device, y, 1, failed.t.as<int32_t>());
+        CHECK(failed.read()[0] == 1);
+    }
+    // A later success does not hide an earlier failure.
+    y.write(random_normal(rng, k * m));
+    orthonormalize_unchecked(device, y, 3, failed.t.as<int32_t>());
+    CHECK(failed.read()[0] == 1);
 }
 
 }  // namespace
@@ -180,15 +229,17 @@ TEST_CASE("the Jacobi oracle diagonalizes", "[linalg]") {
     CHECK(orthonormality_error(eigen.vectors, 7, 7) < 1e-13);
 }
 
-TEST_CASE("solve_spd_right solves, and refuses what is not positive definite", "[linalg]") { check_solves(*test_device("cpu")); }
+TEST_CASE("pseudo_inverse inverts, and refuses what has no full row rank", "[linalg]") { check_pseudo_inverse(*test_device("cpu")); }
 TEST_CASE("top_eigenvectors agrees with Jacobi", "[linalg]") { check_all_eigenvectors(*test_device("cpu")); }
 TEST_CASE("orthonormalize_rows is orthonormal to 3e-6 at any conditioning and keeps the span", "[linalg]") { check_orthonormalization(*test_device("cpu")); }
-TEST_CASE("fix_row_signs makes the largest entry positive", "[linalg]") { check_signs(*test_device("cpu")); }
+TEST_CASE("gather_rows picks rows and makes their largest entry positive", "[linalg]") { check_gather(*test_device("cpu")); }
+TEST_CASE("orthonormalize_unchecked: single passes in between, failures are kept", "[linalg]") { check_unchecked(*test_device("cpu")); }
 
-TEST_CASE("solve_spd_right on the GPU", "[linalg][gpu]") { check_solves(*test_device("cuda")); }
+TEST_CASE("pseudo_inverse on the GPU", "[linalg][gpu]") { check_pseudo_inverse(*test_device("cuda")); }
 TEST_CASE("top_eigenvectors on the GPU", "[linalg][gpu]") { check_all_eigenvectors(*test_device("cuda")); }
 TEST_CASE("orthonormalize_rows on the GPU", "[linalg][gpu]") { check_orthonormalization(*test_device("cuda")); }
-TEST_CASE("fix_row_signs on the GPU", "[linalg][gpu]") { check_signs(*test_device("cuda")); }
+TEST_CASE("gather_rows on the GPU", "[linalg][gpu]") { check_gather(*test_device("cuda")); }
+TEST_CASE("orthonormalize_unchecked on the GPU", "[linalg][gpu]") { check_unchecked(*test_device("cuda")); }
 
 TEST_CASE("solver workspaces fit what is planned without a GPU, up to the sizes of the presets", "[linalg][gpu]") {
     // The operations compare cuSOLVER's own answer with the planned bytes and throw if it is larger.
@@ -204,8 +255,8 @@ TEST_CASE("solver workspaces fit what is planned without a GPU, up to the sizes 
         CHECK(top_eigenvectors(*device, v, values, identity));
         CHECK(values[0] == Approx(m > 6 ? 7.0 : double(m)));
         identity.write(eye);
-        OnDevice x(*device, DType::f32, 8, m, random_normal(rng, 8 * m));
-        CHECK(solve_spd_right(*device, x, identity));
+        OnDevice inverse(*device, DType::f32, m, m);
+        CHECK(pseudo_inverse(*device, inverse, identity));
     }
 }
 

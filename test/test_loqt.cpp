@@ -4,6 +4,7 @@
 #include "loqt.h"
 #include "ops/elementwise.h"
 #include "test/support.h"
+#include "weight_source.h"
 
 namespace {
 
@@ -59,10 +60,8 @@ void check_group(Device& device, const Case& shape, const std::string& method, c
     group.register_tensors(Registration{table, device, c, true});
     table.allocate(device);
     std::map<std::string, std::vector<float>> weights;
-    WeightSource source = [&](const std::string& name, int64_t rows, int64_t cols, float* out) {
-        if (!weights.count(name)) weights[name] = round_to_bf16(random_normal(rng, rows * cols, 0.05f));
-        std::copy(weights[name].begin(), weights[name].end(), out);
-    };
+    for (const LinearGroup::Spec& spec : specs) weights[spec.name] = round_to_bf16(random_normal(rng, spec.out * shape.in, 0.05f));
+    WeightSource source = host_weights([&](const std::string& name, std::vector<float>& values) { values = weights.at(name); });
     group.initialize(device, source);
 
     const int64_t T = 37;

@@ -264,6 +264,53 @@ void check_normal_statistics(Device& device) {
     }
 }
 
+// w − deq(q) and its squared norm against what dequantization and fp64 say, with and without padding, to both types and to none.
+void check_residual(Device& device) {
+    uint64_t seed = fresh_seed();
+    INFO("seed " << seed);
+    std::mt19937_64 rng(seed);
+    for (bool nested : {false, true})
+        for (auto [rows, cols, pad_w, pad_r] : {std::array<int64_t, 4>{1, 1, 0, 0}, {3, 5, 0, 3}, {7, 64, 0, 0}, {37, 171, 5, 0}, {130, 344, 8, 8}, {301, 217, 7, 7}}) {
+            INFO(rows << " x " << cols << " pads " << pad_w << " " << pad_r << (nested ? " nested" : ""));
+            std::vector<float> x = random_normal(rng, rows * cols, 0.02f), other = random_normal(rng, rows * cols, 0.02f);
+            OnDevice w(device, DType::f32, rows, cols, x, cols + pad_w), values(device, DType::f32, rows, cols), source(device, DType::f32, rows, cols, other);
+            OnDevice sums(device, DType::f64, 1, 3);
+            QuantizedOnDevice q(device, rows, cols, nested);
+            nf4_quantize(device, q.q, source, nullptr);
+            nf4_dequantize(device, values, q.q);
+            std::vector<float> deq = values.read(), expected(rows * cols);
+            double squares = 0;
+            for (size_t i = 0; i < x.size(); ++i) expected[i] = x[i] - deq[i], squares += (double(x[i]) - deq[i]) * (double(x[i]) - deq[i]);
+            double alone = 0;
+            for (DType dtype : {DType::f32, DType::bf16}) {
+                OnDevice residual(device, dtype, rows, cols, cols + pad_r);
+                nf4_residual(device, residual, w, q.q, sums.t.as<double>(), 1);
+                CHECK(residual.read() == (dtype == DType::f32 ? expected : round_to_bf16(expected)));
+                CHECK(sums.raw<double>()[1] == Approx(squares).epsilon(1e-6));
+                if (dtype == DType::bf16) {
+                    std::vector<uint16_t> raw = residual.raw<uint16_t>();
+                    for (int64_t r = 0; r < rows; ++r)
+                        for (int64_t c = cols; c < cols + pad_r; ++c) REQUIRE(raw[r * (cols + pad_r) + c] == 0xffff);
+                }
+                double previous = alone;
+                nf4_residual(device, Tensor{}, w, q.q, sums.t.as<double>(), 2);
+                alone = sums.raw<double>()[2];
+                CHECK(alone == Approx(squares).epsilon(1e-6));
+                CHECK((previous == 0 || previous == alone));
+                CHECK(std::isnan(sums.raw<double>()[0]));
+            }
+        }
+    // NaN in w shows in the sum.
+    std::vector<float> bad(200, 1.0f);
+    OnDevice w(device, DType::f32, 2, 100, bad), sums(device, DType::f64, 1, 1);
+    QuantizedOnDevice q(device, 2, 100, true);
+    nf4_quantize(device, q.q, w, nullptr);
+    bad[150] = NAN;
+    w.write(bad);
+    nf4_residual(device, Tensor{}, w, q.q, sums.t.as<double>(), 0);
+    CHECK(std::isnan(sums.raw<double>()[0]));
+}
+
 }  // namespace
 
 TEST_CASE("NF4 thresholds are the rounded midpoints of the codes", "[nf4]") {
@@ -318,6 +365,7 @@ TEST_CASE("dynamic_code is the number of midpoints below", "[nf4]") {
 TEST_CASE("NF4 agrees with bitsandbytes", "[nf4]") { compare_with_bitsandbytes(*test_device("cpu")); }
 TEST_CASE("NF4 round trips on odd and padded shapes", "[nf4]") { check_properties(*test_device("cpu")); }
 TEST_CASE("NF4 of zeros, subnormals and non-finite numbers", "[nf4]") { check_special_values(*test_device("cpu")); }
+TEST_CASE("NF4 residuals and their norm", "[nf4]") { check_residual(*test_device("cpu")); }
 TEST_CASE("NF4 error on normal numbers", "[nf4]") { check_normal_statistics(*test_device("cpu")); }
 
 TEST_CASE("a dry NF4 quantization counts its scratch", "[nf4]") {
@@ -331,6 +379,8 @@ TEST_CASE("a dry NF4 quantization counts its scratch", "[nf4]") {
         q.codes = codes, q.codes8 = codes8, q.scale2 = scale2, q.offset = offset;
         nf4_quantize(*device, q, w, nullptr);
         nf4_dequantize(*device, w, q);
+        OnDevice sums(*device, DType::f64, 1, 1);
+        nf4_residual(*device, Tensor{}, w, q, sums.t.as<double>(), 0);
         peak[dry] = device->scratch_high_water();
     }
     CHECK(peak[0] > 0);
@@ -340,6 +390,7 @@ TEST_CASE("a dry NF4 quantization counts its scratch", "[nf4]") {
 TEST_CASE("NF4 on the GPU agrees with bitsandbytes", "[nf4][gpu]") { compare_with_bitsandbytes(*test_device("cuda")); }
 TEST_CASE("NF4 on the GPU round trips on odd and padded shapes", "[nf4][gpu]") { check_properties(*test_device("cuda")); }
 TEST_CASE("NF4 on the GPU of zeros, subnormals and non-finite numbers", "[nf4][gpu]") { check_special_values(*test_device("cuda")); }
+TEST_CASE("NF4 residuals on the GPU", "[nf4][gpu]") { check_residual(*test_device("cuda")); }
 TEST_CASE("NF4 error on normal numbers on the GPU", "[nf4][gpu]") { check_normal_statistics(*test_device("cuda")); }
 
 TEST_CASE("NF4 on the GPU equals the CPU bit for bit", "[nf4][gpu]") {

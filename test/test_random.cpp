@@ -1,6 +1,8 @@
 // Philox, stochastic rounding, round to nearest, normal draws.
 #include <algorithm>
+#include <array>
 
+#include "ops/random.h"
 #include "runtime/philox.h"
 #include "test/support.h"
 
@@ -142,4 +144,55 @@ TEST_CASE("normal draws have the moments and the distribution of N(0, 1)", "[ran
     CHECK(normal_draw(seed, 3, 17) == normal_draw(seed, 3, 17));
     CHECK(normal_draw(seed, 3, 17) != normal_draw(seed, 4, 17));
     CHECK(normal_draw(seed, 3, 17) != normal_draw(seed + 1, 3, 17));
+}
+
+TEST_CASE("the logarithm and the circle of normal draws agree with the library to the last bits of fp64", "[random]") {
+    auto seed = fresh_seed();
+    INFO("seed " << seed);
+    std::mt19937_64 rng(seed);
+    double worst = 0;
+    for (int i = 0; i < 200000; ++i) {
+        uint32_t u = i < 100 ? uint32_t(i) : i < 200 ? ~uint32_t(i - 100) : i < 300 ? (uint32_t(i) << 29) + uint32_t(i % 3) - 1 : uint32_t(rng());
+        long double x = ((long double)u + 1) / 4294967296.0L, angle = 6.283185307179586476925L * ((long double)u / 4294967296.0L), log = std::log(x);
+        worst = std::max(worst, double(std::fabs((long double)portable_log(double(x)) - log) / std::max(1e-300L, std::fabs(log))));
+        worst = std::max(worst, double(std::fabs((long double)portable_cos_turns(u, 0) - std::cos(angle))));
+        worst = std::max(worst, double(std::fabs((long double)portable_cos_turns(u, 3) - std::sin(angle))));
+    }
+    CHECK(worst < 4e-16);
+    CHECK(portable_log(1.0) == 0.0);
+}
+
+namespace {
+
+void check_fill(Device& device) {
+    auto seed = fresh_seed();
+    INFO("seed " << seed);
+    for (uint64_t begin : {uint64_t(0), uint64_t(1), uint64_t(7), (uint64_t(1) << 33) + 5})
+        for (auto [rows, cols, ld] : {std::array<int64_t, 3>{1, 1, 1}, {1, 2, 2}, {3, 5, 5}, {7, 33, 40}, {64, 100, 100}}) {
+            OnDevice x(device, DType::f32, rows, cols, ld);
+            fill_normal(device, x, 0.5f, seed, 9, begin);
+            std::vector<float> values = x.read();
+            int64_t wrong = 0;
+            for (int64_t i = 0; i < rows * cols; ++i) wrong += values[i] != 0.5f * normal_draw(seed, 9, begin + uint64_t(i));
+            INFO(rows << " x " << cols << " ld " << ld << " from " << begin);
+            CHECK(wrong == 0);
+            fill(device, x, 3.0f);
+            CHECK(x.read() == std::vector<float>(rows * cols, 3.0f));
+            std::vector<uint32_t> raw = x.raw<uint32_t>();  // padding is left alone
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t c = cols; c < ld; ++c) REQUIRE(raw[r * ld + c] == 0xffffffffu);
+        }
+}
+
+}  // namespace
+
+TEST_CASE("fill_normal is normal_draw element by element", "[random]") { check_fill(*test_device("cpu")); }
+TEST_CASE("fill_normal on the GPU has the bits of the CPU", "[random][gpu]") {
+    auto gpu = test_device("cuda"), cpu = test_device("cpu");
+    check_fill(*gpu);
+    OnDevice a(*gpu, DType::f32, 1000, 2001), b(*cpu, DType::f32, 1000, 2001);
+    uint64_t seed = fresh_seed();
+    fill_normal(*gpu, a, 0.02f, seed, 5, 3);
+    fill_normal(*cpu, b, 0.02f, seed, 5, 3);
+    CHECK(a.read() == b.read());
 }

@@ -13,10 +13,10 @@ TEST_CASE("gradients over micro-batches are those of the whole batch", "[trainin
     WeightSource source = huggingface_weights(whole_config, kDirectory);
     SmallModel whole(*device, whole_config, source), parts(*device, parts_config, source);
 
-    StepGradients once = accumulate_gradients(whole.model, whole.sums, {reference.batch}, projection_pass(whole_config, 0, false));
+    StepGradients once = accumulate_gradients(*device, whole.model, whole.sums, {reference.batch}, projection_pass(whole_config, 0, false));
     std::vector<Batch> rows;
     for (int64_t r = 0; r < 3; ++r) rows.push_back(reference.row(r, whole_config.model.vocab));
-    StepGradients summed = accumulate_gradients(parts.model, parts.sums, rows, projection_pass(parts_config, 0, false));
+    StepGradients summed = accumulate_gradients(*device, parts.model, parts.sums, rows, projection_pass(parts_config, 0, false));
     CHECK(once.loss == Approx(reference.loss).epsilon(1e-5));
     CHECK(summed.loss == Approx(reference.loss).epsilon(1e-5));
     double squares = 0;
@@ -37,7 +37,7 @@ TEST_CASE("a clipped step is the step of gradients scaled down", "[training_step
         c.optimizer.clip = clip, c.optimizer.moments = "fp32";
         ReferenceModel reference(kDirectory, c.model.vocab);
         SmallModel small(*device, c, huggingface_weights(c, kDirectory));
-        StepGradients gradients = accumulate_gradients(small.model, small.sums, {reference.batch}, projection_pass(c, 0, false));
+        StepGradients gradients = accumulate_gradients(*device, small.model, small.sums, {reference.batch}, projection_pass(c, 0, false));
         apply_gradients(*device, small.model, c, 0, 1e-3, gradients.norm);
         return std::pair<double, std::vector<float>>{gradients.norm, small.read(small.parameter("lm_head.weight").moments.m)};
     };

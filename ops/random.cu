@@ -1,0 +1,76 @@
+// Random tensors. See random.h.
+#include "ops/random.h"
+
+#include "flat_matrix.h"
+#include "runtime/cuda_context.h"
+#include "runtime/philox.h"
+#include "runtime/profile.h"
+
+namespace {
+
+// Numbers come in pairs, and a pair is the unit of work: pair k covers the elements 2k − odd and 2k − odd + 1, odd = begin % 2.
+
+// The numbers of pair k, of which those within 0 … numel − 1 are stored.
+template <class Cursor> HOST_DEVICE void fill_pair(Cursor at, int64_t numel, int64_t k, float deviation, uint64_t seed, uint32_t stream, uint64_t begin) {
+    float first, second;
+    normal_pair(seed, stream, (begin >> 1) + uint64_t(k), first, second);
+    const int64_t element = 2 * k - int64_t(begin & 1);
+    if (element >= 0) *at(element) = deviation * first;
+    if (element + 1 < numel) *at(element + 1) = deviation * second;
+}
+
+int64_t pairs_of(int64_t numel, uint64_t begin) { return ceil_div(numel + int64_t(begin & 1), 2); }
+
+void fill_normal_cpu(FlatMatrix<float> x, float deviation, uint64_t seed, uint32_t stream, uint64_t begin) {
+    const int64_t pairs = pairs_of(x.numel, begin);
+#pragma omp parallel for
+    for (int64_t k = 0; k < pairs; ++k)
+        fill_pair([&](int64_t i) { return FlatCursor<float>(x, i).pointer(); }, x.numel, k, deviation, seed, stream, begin);
+}
+
+void fill_cpu(FlatMatrix<float> x, float value) {
+#pragma omp parallel for
+    for (int64_t i = 0; i < x.numel; ++i) *FlatCursor<float>(x, i) = value;
+}
+
+#ifdef WITH_CUDA
+constexpr int kThreads = 256;
+
+__global__ void __launch_bounds__(kThreads)
+    fill_normal_kernel(FlatMatrix<float> x, int64_t pairs, float deviation, uint64_t seed, uint32_t stream, uint64_t begin) {
+    const int64_t k = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (k < pairs) fill_pair([&](int64_t i) { return FlatCursor<float>(x, i).pointer(); }, x.numel, k, deviation, seed, stream, begin);
+}
+
+void fill_normal_cuda(CudaContext& cuda, FlatMatrix<float> x, float deviation, uint64_t seed, uint32_t stream, uint64_t begin) {
+    const int64_t pairs = pairs_of(x.numel, begin);
+    fill_normal_kernel<<<unsigned(ceil_div(pairs, kThreads)), kThreads, 0, cuda.stream>>>(x, pairs, deviation, seed, stream, begin);
+    LAUNCH_CHECK();
+}
+
+__global__ void __launch_bounds__(kThreads) fill_kernel(FlatMatrix<float> x, float value) {
+    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (i < x.numel) *FlatCursor<float>(x, i) = value;
+}
+
+void fill_cuda(CudaContext& cuda, FlatMatrix<float> x, float value) {
+    fill_kernel<<<unsigned(ceil_div(x.numel, kThreads)), kThreads, 0, cuda.stream>>>(x, value);
+    LAUNCH_CHECK();
+}
+#endif
+
+}  // namespace
+
+void fill_normal(Device& device, Tensor x, float deviation, uint64_t seed, uint32_t stream, uint64_t begin) {
+    if (x.numel() == 0) return;
+    FlatMatrix<float> matrix(x);
+    OperationTimer timer(device, "fill_normal", 0, double(x.numel() * size_of(x.dtype)));
+    ON_DEVICE(device, fill_normal_cuda(device.cuda(), matrix, deviation, seed, stream, begin), fill_normal_cpu(matrix, deviation, seed, stream, begin));
+}
+
+void fill(Device& device, Tensor x, float value) {
+    if (x.numel() == 0) return;
+    FlatMatrix<float> matrix(x);
+    OperationTimer timer(device, "fill", 0, double(x.numel() * size_of(x.dtype)));
+    ON_DEVICE(device, fill_cuda(device.cuda(), matrix, value), fill_cpu(matrix, value));
+}
