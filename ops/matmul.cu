@@ -37,7 +37,7 @@ struct Product {  // D (m, n) = alpha·op(A) (m, k)·op(B) (k, n) + beta·C
 // D is cut into tiles, each one single-threaded sgemm: OpenBLAS's own threading rounds differently for different thread counts, this does
 // not (and is as fast). Every tile packs its operands anew, so they are as large as possible; but weights' gradients are small in D and
 // long in k, and there should be a tile for every core. The cut depends on the shape only.
-constexpr int64_t kMostRows = 256, kMostColumns = 512, kLeastEdge = 64, kEnoughTiles = 8;
+constexpr int64_t kMostRows = 256, kMostColumns = 1024, kLeastEdge = 64, kEnoughTiles = 8;
 
 struct Cut {
     int64_t rows, cols;  // of one tile; those at the end may be smaller

@@ -87,7 +87,7 @@ void check_products(Device& device, DType in, DType out) {
     const Case cases[] = {{1, 1, 1, 0, 0, 1, 0, false},       {1, 7, 5, 0, 3, 1, 1, false},      {17, 1, 9, 1, 0, -0.5f, 0, false},
                           {33, 65, 129, 0, 0, 1, 1, true},    {64, 64, 64, 0, 0, 0.25f, 1, true}, {64, 128, 96, 8, 8, 1, 0, false},
                           {257, 300, 70, 0, 5, 2, -0.5f, true}, {100, 333, 517, 3, 2, 1, 1, false}, {8, 16, 1024, 0, 0, 1, 0.5f, true},
-                          {300, 520, 40, 0, 0, 1, 0, false}};
+                          {300, 520, 40, 0, 0, 1, 0, false},  {40, 1100, 30, 0, 0, 1, 1, true}};
     for (const Case& s : cases)
         for (Op op_a : {Op::none, Op::transpose})
             for (Op op_b : {Op::none, Op::transpose}) check_product(device, rng, s, op_a, op_b, in, out);
