@@ -11,6 +11,7 @@
 #include "ops/rope.h"
 #include "ops/swiglu.h"
 #include "runtime/profile.h"
+#include "runtime/workers.h"
 
 namespace {
 
@@ -278,7 +279,9 @@ void Llama::invalidate() {
 
 MergeStatistics Llama::merge(int64_t step, const WeightSource* source) {
     MergeStatistics statistics;
-    for (LinearGroup* group : groups()) group->reinitialize(device_, step, source, statistics);
+    for (LinearGroup* group : groups()) group->start_reinitialization(device_, step, source);
+    if (device_.workers()) device_.workers()->finish();
+    for (LinearGroup* group : groups()) group->finish_reinitialization(statistics);
     return statistics;
 }
 

@@ -49,6 +49,7 @@ struct Linear {
     Parameter dense;                  // full: W as a parameter
     bool next_ready = false;          // p_next holds this merge step's projection
     float captured_energy = 0;
+    double quant_error = 0, plain_quant_error = 0;  // of the last merge
     double projection_seconds = 0;
 
     int64_t h() const { return right ? out : in; }
@@ -96,9 +97,11 @@ class LinearGroup {
     void input_gradient(Device& device, Tensor dx, Tensor dy);
     // Gradients of B (or W) accumulate; on a merge step the new projections are computed into p_next.
     void parameter_gradients(Device& device, Tensor dy, Tensor x, const ProjectionPass& pass);
-    // After the optimizer's update of a merge step: merge s·P·B into W, requantize with compensation, install p_next.
+    // After the optimizer's update of a merge step: merge s·P·B into W, requantize with compensation, install p_next. Where the device has
+    // workers they do it, and the caller waits for them before finish_reinitialization.
     // source: the true weights, for matrices that merge for the first time; may be null once all have.
-    void reinitialize(Device& device, int64_t step, const WeightSource* source, MergeStatistics& statistics);
+    void start_reinitialization(Device& device, int64_t step, const WeightSource* source);
+    void finish_reinitialization(MergeStatistics& statistics);
     // The trained state changed: cached effective weights are stale.
     void invalidate() { effective_fresh_ = false; }
     // W_eff of one matrix in fp32, row-major out × in, to the host (export, tests).
@@ -127,7 +130,7 @@ class LinearGroup {
     void factor_gradients(Device& device, Tensor dy, Tensor x);
     void project_gradients(Device& device, Tensor dy, Tensor x, const ProjectionPass& pass);
     void project_one(Device& device, Linear& l, Tensor gradient, int64_t step);
-    void reinitialize_one(Device& device, Linear& l, int64_t step, const WeightSource* source, MergeStatistics& statistics);
+    void reinitialize_one(Device& device, Linear& l, int64_t step, const WeightSource* source);
     void carry_moments(Device& device, Linear& l, Tensor p_old, Tensor p_new, int64_t step);
 
     const Config* config_ = nullptr;

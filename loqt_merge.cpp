@@ -16,7 +16,9 @@ void LinearGroup::project_gradients(Device& device, Tensor dy, Tensor x, const P
     bool accumulate = merge_gradient_ && pass.whole_batch;
     if (accumulate) matmul(device, merge_gradient_, 1.0f, dy, Op::transpose, x, Op::none, pass.first ? 0.0f : 1.0f);
     if (!pass.last) return;
-    device.synchronize();
+    // With workers the backward pass goes on meanwhile, and what counts is the wait at its end (StepGradients::waited).
+    bool timed = !device.workers();
+    if (timed) device.synchronize();
     for (Linear& l : linears_) {
         double begin = wall_seconds();
         ScratchScope scope(device);
@@ -24,8 +26,8 @@ void LinearGroup::project_gradients(Device& device, Tensor dy, Tensor x, const P
         Tensor g = accumulate ? merge_gradient_.row_slice(l.row_begin, rows) : scope.tensor("dense gradient", DType::f32, rows, in_padded());
         if (!accumulate) matmul(device, g, 1.0f, dy.col_slice(l.row_begin, rows), Op::transpose, x, Op::none);
         project_one(device, l, Tensor{g.data, g.dtype, l.out, l.in, g.ld}, pass.step);
-        device.synchronize();
-        l.projection_seconds = wall_seconds() - begin;
+        if (timed) device.synchronize();
+        l.projection_seconds = timed ? wall_seconds() - begin : 0;
     }
 }
 
@@ -54,19 +56,35 @@ void LinearGroup::project_one(Device& device, Linear& l, Tensor gradient, int64_
     else job(device);
 }
 
-void LinearGroup::reinitialize(Device& device, int64_t step, const WeightSource* source, MergeStatistics& statistics) {
+void LinearGroup::start_reinitialization(Device& device, int64_t step, const WeightSource* source) {
     ProfileLabel label(device, "merge");
+    for (Linear& l : linears_) {
+        if (!l.next_ready) continue;
+        // A source of weights keeps state and serves one thread, so first merges stay here; the plan counts the scratch of both places.
+        if (!device.workers() || source || device.dry()) reinitialize_one(device, l, step, source);
+        if (!device.workers() || source) continue;
+        Device& helper = device.workers()->idle();
+        device.workers()->start(helper, [this, &l, step](Device& d) { reinitialize_one(d, l, step, nullptr); });
+    }
+}
+
+void LinearGroup::finish_reinitialization(MergeStatistics& statistics) {
     for (Linear& l : linears_) {
         ++statistics.matrices;
         statistics.projection_seconds += l.projection_seconds;
-        if (l.next_ready) reinitialize_one(device, l, step, source, statistics);
-        else ++statistics.failed;
+        if (!l.next_ready) {
+            ++statistics.failed;
+            continue;
+        }
         l.next_ready = false;
+        statistics.quant_error += l.quant_error;
+        statistics.plain_quant_error += l.plain_quant_error;
+        statistics.captured_energy += l.captured_energy;
     }
     invalidate();
 }
 
-void LinearGroup::reinitialize_one(Device& device, Linear& l, int64_t step, const WeightSource* source, MergeStatistics& statistics) {
+void LinearGroup::reinitialize_one(Device& device, Linear& l, int64_t step, const WeightSource* source) {
     ScratchScope scope(device);
     float s = float(config_->method.scale);
     Tensor b = l.b.logical(l.b.value);
@@ -91,8 +109,7 @@ void LinearGroup::reinitialize_one(Device& device, Linear& l, int64_t step, cons
     // W, P and B anew.
     if (method_ == Method::loqt) {
         CompensationResult result = quantize_with_compensation(device, l.w_q, b, w, p_new, l.right, s, int(config_->method.compensation_rounds));
-        statistics.quant_error += result.error;
-        statistics.plain_quant_error += result.quant_error;
+        l.quant_error = result.error, l.plain_quant_error = result.quant_error;
         device.copy(l.p_q.codes.data, l.p_next_q.codes.data, l.p_q.codes.bytes());
         if (l.p_q.nested) {
             device.copy(l.p_q.codes8.data, l.p_next_q.codes8.data, l.p_q.codes8.bytes());
@@ -107,7 +124,6 @@ void LinearGroup::reinitialize_one(Device& device, Linear& l, int64_t step, cons
         device.copy(l.p.data, l.p_next.data, l.p.bytes());
     }
     if (l.b.moments.correction) device.zero(l.b.moments.correction);
-    statistics.captured_energy += l.captured_energy;
     l.projected = true;
     l.b.active = true;
 }

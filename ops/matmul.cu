@@ -269,7 +269,7 @@ void matmul_cuda(CudaContext& cuda, const Product& p) {
     auto it = cuda.plans->by_key.find(key);
     if (it == cuda.plans->by_key.end()) it = cuda.plans->by_key.emplace(key, make_plan(cuda, p)).first;
     CublasLtPlan& plan = *it->second;
-    if (plan.candidates.size() > 1 && worth_tuning(p)) choose_algorithm(cuda, p, plan);
+    if (plan.candidates.size() > 1 && cuda.times_products && worth_tuning(p)) choose_algorithm(cuda, p, plan);
     run_algorithm(cuda, p, plan, plan.candidates[0], p.beta);
 }
 

@@ -25,6 +25,7 @@ struct CudaContext {
     void* workspace = nullptr;              // cuBLASLt workspace
     size_t workspace_bytes = 0;
     std::shared_ptr<CublasLtPlans> plans;
+    bool times_products = true;             // choose among algorithms by timing; not on a fork, whose neighbours disturb the clock
     size_t lowest_free = size_t(-1);        // for the measured peak
 };
 

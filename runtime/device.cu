@@ -117,6 +117,7 @@ std::unique_ptr<Device> Device::fork() const {
 #ifdef WITH_CUDA
     if (is_cuda() && !dry_) {
         device->cuda_ = open_cuda(cuda_->ordinal);
+        device->cuda_->times_products = false;
         note_free_memory(*cuda_);
     }
 #endif

@@ -76,7 +76,8 @@ void check_group(Device& device, const Case& shape, const std::string& method, c
     group.input_gradient(device, dx_t, dy_t);
     group.parameter_gradients(device, dy_t, x_t, merging);
     if (merging.active) {
-        group.reinitialize(device, 0, &source, statistics);
+        group.start_reinitialization(device, 0, &source);
+        group.finish_reinitialization(statistics);
         CHECK(statistics.failed == 0);
     }
     table.zero_family(device, Family::gradients);

@@ -109,7 +109,9 @@ Merged merge_twice(Device& device, const std::string& projection, int worker_cou
         group.parameter_gradients(device, dy, x, pass);
         if (workers) workers->finish();
         MergeStatistics statistics;
-        group.reinitialize(device, step, &source, statistics);
+        group.start_reinitialization(device, step, step ? nullptr : &source);
+        if (workers) workers->finish();
+        group.finish_reinitialization(statistics);
         CHECK(statistics.failed == 0);
         merged.energies.push_back(float(statistics.captured_energy));
         for (Linear& l : group.linears())

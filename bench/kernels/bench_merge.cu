@@ -130,7 +130,7 @@ struct Blocks {
             add(s.h, {{name + "gate", s.f}, {name + "up", s.f}});
             add(s.f, {{name + "down", s.h}});
         }
-        for (auto& group : groups) group->register_tensors(Registration{table, device, config, true, false});
+        for (auto& group : groups) group->register_tensors(Registration{table, device, config, true});
         table.allocate(device);
         source = random_weights(config);
         for (auto& group : groups) group->initialize(device, source);
@@ -140,6 +140,12 @@ struct Blocks {
         groups.back()->configure(config, in, specs);
     }
 };
+
+void reinitialize(Device& device, Blocks& model, int64_t step, const WeightSource* source, MergeStatistics& statistics) {
+    for (auto& group : model.groups) group->start_reinitialization(device, step, source);
+    if (device.workers()) device.workers()->finish();
+    for (auto& group : model.groups) group->finish_reinitialization(statistics);
+}
 
 void whole_blocks(Device& device, const Shape& s, const char* projection, int blocks) {
     constexpr int64_t kTokens = 8192;
@@ -167,7 +173,8 @@ void whole_blocks(Device& device, const Shape& s, const char* projection, int bl
                 for (auto& group : model.groups) {
                     // Column slices of the same random numbers: nothing is padded with zeros, which no result depends on.
                     Tensor gx = x.col_slice(0, group->in_padded()), gy = dy.col_slice(0, group->out_padded()), gdx = dx.col_slice(0, group->in_padded());
-                    group->backward(device, gdx, gy, gx, pass);
+                    group->input_gradient(device, gdx, gy);
+                    group->parameter_gradients(device, gy, gx, pass);
                 }
                 if (workers) workers->finish();
                 device.synchronize();
@@ -179,7 +186,7 @@ void whole_blocks(Device& device, const Shape& s, const char* projection, int bl
             projection_ms[merge] = backward() - backward_ms;
             MergeStatistics statistics;
             double begin = wall_seconds();
-            for (auto& group : model.groups) group->reinitialize(device, merge, &model.source, statistics);
+            reinitialize(device, model, merge, merge ? nullptr : &model.source, statistics);
             device.synchronize();
             reinitialize_ms[merge] = (wall_seconds() - begin) * 1e3;
             quant_error = statistics.quant_error / statistics.matrices, energy = statistics.captured_energy / statistics.matrices;
@@ -203,10 +210,9 @@ void whole_blocks(Device& device, const Shape& s, const char* projection, int bl
             ProjectionPass pass;
             pass.active = true, pass.step = 2;
             Profiler profiler(device);
-            for (auto& group : model.groups)
-                group->backward(device, dx.col_slice(0, group->in_padded()), dy.col_slice(0, group->out_padded()), x.col_slice(0, group->in_padded()), pass);
+            for (auto& group : model.groups) group->parameter_gradients(device, dy.col_slice(0, group->out_padded()), x.col_slice(0, group->in_padded()), pass);
             MergeStatistics statistics;
-            for (auto& group : model.groups) group->reinitialize(device, 2, nullptr, statistics);
+            reinitialize(device, model, 2, nullptr, statistics);
             for (const OperationProfile& line : profiler.take())
                 std::printf("      %-28s %6lld calls %9.2f ms %7.1f TFLOP/s %7.0f GB/s\n", line.name.c_str(), (long long)line.calls, line.seconds * 1e3 * all,
                             line.flops / line.seconds * 1e-12, line.bytes / line.seconds * 1e-9);
