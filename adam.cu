@@ -116,6 +116,7 @@ template <MomentFormat F> struct Moment {
         absmax = F == MomentFormat::int8 ? (second ? state.v_absmax : state.m_absmax).as<float>() : nullptr;
         numel = t.numel();
     }
+    HOST_DEVICE FlatMatrix<T> matrix() const { return FlatMatrix<T>(data, numel); }
 };
 
 // Where stochastic rounding takes its draws from: group of eight elements → 128 bits.
@@ -293,49 +294,64 @@ template <bool kWide, MomentFormat F> __device__ void load_moment(const Moment<F
     }
 }
 
-// Eight values as bf16, rounded with the draws of their group.
-__device__ __forceinline__ void round_stochastic(const float (&x)[8], const Philox4& draws, Pack8<bf16>& pack) {
-    constexpr float largest = 3.38953139e38f;  // of bf16. Below it rounding is one addition: the carry runs into mantissa and exponent.
+// Eight bf16 in memory order.
+struct Bf16x8 {
+    uint32_t word[4];
+    __device__ __forceinline__ bf16 operator[](int k) const { return bf16{uint16_t(word[k / 2] >> (k % 2 * 16))}; }
+};
+
+// Eight values rounded with the draws of their group.
+__device__ __forceinline__ Bf16x8 round_stochastic(const float (&x)[8], const Philox4& draws) {
+    constexpr float largest = 3.38953139e38f;  // of bf16. Up to there rounding is one addition: the carry runs into mantissa and exponent.
     bool ordinary = true;
 #pragma unroll
     for (int k = 0; k < 8; ++k) ordinary &= fabsf(x[k]) <= largest;
-    if (ordinary) {
-        uint32_t words[4];
+    Bf16x8 packed;
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            words[i] = __byte_perm(bits_of_float(x[2 * i]) + (draws.x[i] & 0xffffu), bits_of_float(x[2 * i + 1]) + (draws.x[i] >> 16), 0x7632);
-        pack.word[0] = make_uint4(words[0], words[1], words[2], words[3]);
-    } else {
+    for (int i = 0; i < 4; ++i) {
+        if (ordinary)
+            packed.word[i] = __byte_perm(bits_of_float(x[2 * i]) + (draws.x[i] & 0xffffu), bits_of_float(x[2 * i + 1]) + (draws.x[i] >> 16), 0x7632);
+        else
+            packed.word[i] = to_bf16_stochastic(x[2 * i], draws.x[i] & 0xffffu).bits | uint32_t(to_bf16_stochastic(x[2 * i + 1], draws.x[i] >> 16).bits) << 16;
+    }
+    return packed;
+}
+
+__device__ __forceinline__ Bf16x8 round_nearest(const float (&x)[8]) {
+    return {{pack_bf16x2(x[0], x[1]), pack_bf16x2(x[2], x[3]), pack_bf16x2(x[4], x[5]), pack_bf16x2(x[6], x[7])}};
+}
+
+// One 16-byte store: left to itself the compiler splits it where the words come out of branches.
+__device__ __forceinline__ void store_words(void* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+// Elements begin .. begin + count − 1 = x.
+template <bool kWide> __device__ __forceinline__ void store_group(const FlatMatrix<float>& matrix, int64_t begin, int count, const float (&x)[8]) {
+    if constexpr (!kWide) {
+        store8(matrix, begin, count, x);
+    } else if (count > 0) {
+        uint32_t word[8];
 #pragma unroll
-        for (int k = 0; k < 8; ++k) pack.x[k] = to_bf16_stochastic(x[k], rounding_draw16(draws, k));
+        for (int k = 0; k < 8; ++k) word[k] = bits_of_float(x[k]);
+        store_words(matrix.data + begin, word[0], word[1], word[2], word[3]);
+        store_words(matrix.data + begin + 4, word[4], word[5], word[6], word[7]);
     }
 }
-
-// Eight values to nearest.
-__device__ __forceinline__ void round_nearest(const float (&x)[8], Pack8<bf16>& pack) {
-    pack.word[0] = make_uint4(pack_bf16x2(x[0], x[1]), pack_bf16x2(x[2], x[3]), pack_bf16x2(x[4], x[5]), pack_bf16x2(x[6], x[7]));
-}
-__device__ __forceinline__ void round_nearest(const float (&x)[8], Pack8<float>& pack) {
+template <bool kWide> __device__ __forceinline__ void store_group(const FlatMatrix<bf16>& matrix, int64_t begin, int count, const Bf16x8& x) {
+    if constexpr (!kWide) {
+        bf16 elements[8];
 #pragma unroll
-    for (int k = 0; k < 8; ++k) pack.x[k] = x[k];
-}
-
-// data[0 .. count − 1] = pack.
-template <bool kWide, class T> __device__ __forceinline__ void store_pack(T* data, int count, const Pack8<T>& pack) {
-    if (count == 8 && (kWide || Pack8<T>::aligned(data))) {
-        pack.store(data);
-    } else if constexpr (!kWide) {
-#pragma unroll
-        for (int k = 0; k < 8; ++k)
-            if (k < count) data[k] = pack.x[k];
+        for (int k = 0; k < 8; ++k) elements[k] = x[k];
+        store8(matrix, begin, count, elements);
+    } else if (count > 0) {
+        store_words(matrix.data + begin, x.word[0], x.word[1], x.word[2], x.word[3]);
     }
 }
 
 // The whole warp calls this together: absmax is a reduction over its 256 elements.
 template <bool kWide, MomentFormat F>
 __device__ void store_moment(const Moment<F>& moment, int64_t begin, int count, const DynamicMap& map, const float (&x)[8], const RoundingSource& source) {
-    using T = typename Moment<F>::T;
-    Pack8<T> pack;
     if constexpr (F == MomentFormat::int8) {
         float a = 0.0f;
 #pragma unroll
@@ -344,14 +360,23 @@ __device__ void store_moment(const Moment<F>& moment, int64_t begin, int count, 
         for (int lane = 16; lane; lane /= 2) a = fmaxf(a, __shfl_xor_sync(0xffffffffu, a, lane));
         const float inverse = reciprocal_or_zero(a);
         if (threadIdx.x % 32 == 0) moment.absmax[begin / kAdamBlock] = inverse > 0.0f ? a : 0.0f;
+        uint8_t code[8];
 #pragma unroll
-        for (int k = 0; k < 8; ++k) pack.x[k] = moment_code(map, x[k], inverse);
+        for (int k = 0; k < 8; ++k) code[k] = moment_code(map, x[k], inverse);
+        if constexpr (kWide) {
+            const uint32_t low = code[0] | code[1] << 8 | code[2] << 16 | uint32_t(code[3]) << 24;
+            const uint32_t high = code[4] | code[5] << 8 | code[6] << 16 | uint32_t(code[7]) << 24;
+            if (count > 0) *reinterpret_cast<uint2*>(moment.data + begin) = make_uint2(low, high);
+        } else {
+            store8(moment.matrix(), begin, count, code);
+        }
     } else if constexpr (F == MomentFormat::bf16_stochastic) {
-        round_stochastic(x, source.draws(begin / 8), pack);
+        store_group<kWide>(moment.matrix(), begin, count, round_stochastic(x, source.draws(begin / 8)));
+    } else if constexpr (F == MomentFormat::bf16_nearest) {
+        store_group<kWide>(moment.matrix(), begin, count, round_nearest(x));
     } else {
-        round_nearest(x, pack);
+        store_group<kWide>(moment.matrix(), begin, count, x);
     }
-    store_pack<kWide>(moment.data + begin, count, pack);
 }
 
 template <bool kWide, class P> __device__ void load_param(const FlatMatrix<P>& p, const int16_t* correction, int64_t begin, int count, float (&x)[8]) {
@@ -365,23 +390,26 @@ template <bool kWide, class P> __device__ void load_param(const FlatMatrix<P>& p
 }
 
 template <bool kWide, class P> __device__ void store_param(const FlatMatrix<P>& p, int16_t* correction, int64_t begin, int count, const float (&x)[8], const AdamConstants& c) {
-    Pack8<P> pack;
     if constexpr (std::is_same_v<P, bf16>) {
         if (correction) {
-            Pack8<int16_t> low;
+            Bf16x8 high{};
 #pragma unroll
-            for (int k = 0; k < 8; ++k) split_master(x[k], pack.x[k], low.x[k]);
-            store_pack<kWide>(correction + begin, count, low);
+            for (int k = 0; k < 8; ++k) {
+                bf16 rounded_up;
+                int16_t low;
+                split_master(x[k], rounded_up, low);
+                high.word[k / 2] |= uint32_t(rounded_up.bits) << (k % 2 * 16);
+                if (k < count) correction[begin + k] = low;
+            }
+            store_group<kWide>(p, begin, count, high);
         } else if (c.rounding == ParamRounding::stochastic) {
-            round_stochastic(x, rounding_draws(c.seed, uint64_t(begin / 8), rounding_stream(c.stream, kParamStream), c.step), pack);
+            store_group<kWide>(p, begin, count, round_stochastic(x, rounding_draws(c.seed, uint64_t(begin / 8), rounding_stream(c.stream, kParamStream), c.step)));
         } else {
-            round_nearest(x, pack);
+            store_group<kWide>(p, begin, count, round_nearest(x));
         }
     } else {
-        round_nearest(x, pack);
+        store_group<kWide>(p, begin, count, x);
     }
-    if constexpr (kWide) store_pack<true>(p.data + begin, count, pack);
-    else store8(p, begin, count, pack.x);
 }
 
 // Calls body(begin, count) for this thread's groups, the whole warp together (count = 0 past the end).
@@ -448,8 +476,7 @@ bool contiguous_aligned(const Tensor& t) { return t.contiguous() && reinterpret_
 
 template <MomentFormat F, class P, class G>
 void adam_cuda(CudaContext& cuda, Tensor p, Tensor g, const AdamState& state, const AdamConstants& c, int32_t* nonfinite) {
-    const bool wide = p.numel() % 8 == 0 && contiguous_aligned(p) && contiguous_aligned(g) && contiguous_aligned(state.m) && contiguous_aligned(state.v) &&
-                      contiguous_aligned(state.correction);
+    const bool wide = p.numel() % 8 == 0 && contiguous_aligned(p) && contiguous_aligned(g) && contiguous_aligned(state.m) && contiguous_aligned(state.v);
     auto kernel = wide ? adam_kernel<F, P, G, true> : adam_kernel<F, P, G, false>;
     kernel<<<grid_for(cuda, p.numel()), kThreads, 0, cuda.stream>>>(FlatMatrix<P>(p), FlatMatrix<const G>(g), Moment<F>(state, false), Moment<F>(state, true),
                                                                    correction_of(state, p, c.rounding), c, moment_source(c, false), moment_source(c, true),

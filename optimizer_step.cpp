@@ -31,10 +31,9 @@ double StepSums::read_losses(int64_t count) {
 }
 
 void StepSums::read(Llama& model, int64_t count, double* loss_sum, double* gradient_norm) {
-    for (size_t i = 0; i < parameters_; ++i) {
-        Parameter& p = *model.parameters()[i];
-        sum_of_squares(device_, squares_, int64_t(i), p.logical(p.grad));
-    }
+    std::vector<Tensor> gradients;
+    for (Parameter* p : model.parameters()) gradients.push_back(p->logical(p->grad));
+    sums_of_squares(device_, squares_, gradients);
     std::vector<double> host(parameters_);
     device_.download(host.data(), squares_, int64_t(parameters_ * sizeof(double)));
     double total = 0;

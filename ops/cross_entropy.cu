@@ -46,16 +46,19 @@ constexpr int kRowThreads = 256;  // of a block whose row stays in registers: th
 // the GEMMs that read the gradient begin with the first ones, which are then the most recent.
 __device__ __forceinline__ int64_t block_row() { return gridDim.x - 1 - blockIdx.x; }
 
+__device__ __forceinline__ float warp_maximum(float x) {
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    return x;
+}
+
 // The maximum of the block, in every thread. Skips NaN, which then enters through the sum.
 __device__ float block_maximum(float x) {
     __shared__ float of_warp[kMaxThreads / kWarp];
-#pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    x = warp_maximum(x);
     if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = x;
     __syncthreads();
-    x = of_warp[0];
-    for (int w = 1; w < int(blockDim.x) / kWarp; ++w) x = fmaxf(x, of_warp[w]);
-    return x;
+    return warp_maximum(of_warp[threadIdx.x % kWarp % (blockDim.x / kWarp)]);
 }
 
 // The sum over the block, the same bits in every thread.
@@ -64,9 +67,8 @@ __device__ float block_sum(float x) {
     x = warp_sum(x);
     if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = x;
     __syncthreads();
-    x = 0;
-    for (int w = 0; w < int(blockDim.x) / kWarp; ++w) x += of_warp[w];
-    return x;
+    const unsigned lane = threadIdx.x % kWarp;
+    return warp_sum(lane < blockDim.x / kWarp ? of_warp[lane] : 0.0f);
 }
 
 __device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
@@ -130,7 +132,11 @@ __global__ void __launch_bounds__(kRowThreads, 3)
         float p[kVector];
         unpack_bf16x8(raw[i], p);
 #pragma unroll
-        for (int k = 0; k < kVector; ++k) p[k] = __expf(p[k] - maximum) * factor - (k == in_group ? scale : 0.0f);
+        for (int k = 0; k < kVector; ++k) p[k] = __expf(p[k] - maximum) * factor;
+        if (unsigned(in_group) < unsigned(kVector)) {
+#pragma unroll
+            for (int k = 0; k < kVector; ++k) p[k] -= k == in_group ? scale : 0.0f;
+        }
         store_n(reinterpret_cast<bf16*>(row + g), p);
     }
 }

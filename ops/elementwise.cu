@@ -79,11 +79,10 @@ constexpr int kSumList = 64;            // tensors per launch: their description
 constexpr int kSumThreads = 256;
 
 template <int N, class D, class S, class F>
-__global__ void __launch_bounds__(RowLaunch::threads) map_kernel(D* dst, int64_t ld_dst, const S* src, int64_t ld_src, int64_t cols, RowLaunch launch, F f) {
+__global__ void __launch_bounds__(RowLaunch::threads) map_kernel(D* dst, int64_t ld_dst, const S* src, int64_t ld_src, RowLaunch launch, F f) {
     int64_t r, group;
-    launch.locate(r, group);
+    if (!launch.locate(r, group)) return;
     const int64_t c = group * N;
-    if (r >= launch.rows || c >= cols) return;
     float x[N], old[N] = {};
     load_n(src + r * ld_src + c, x);
     if constexpr (F::reads_dst) load_n(dst + r * ld_dst + c, old);
@@ -94,7 +93,7 @@ __global__ void __launch_bounds__(RowLaunch::threads) map_kernel(D* dst, int64_t
 
 template <int N, class D, class S, class F> void map_cuda(CudaContext& cuda, Tensor dst, Tensor src, F f) {
     const RowLaunch launch(src.rows, src.cols / N);
-    map_kernel<N><<<launch.blocks, launch.threads, 0, cuda.stream>>>(dst.as<D>(), dst.ld, src.as<S>(), src.ld, src.cols, launch, f);
+    map_kernel<N><<<launch.blocks, launch.threads, 0, cuda.stream>>>(dst.as<D>(), dst.ld, src.as<S>(), src.ld, launch, f);
     LAUNCH_CHECK();
 }
 

@@ -80,18 +80,22 @@ struct Divisor {
 struct RowLaunch {
     static constexpr int threads = 256;
     unsigned blocks;
-    int64_t rows;
+    int64_t total;
+    bool one_row;
     Divisor groups_per_row;
 
-    RowLaunch(int64_t rows_, int64_t groups) : blocks(unsigned(ceil_div(rows_ * groups, threads))), rows(rows_), groups_per_row(rows_ > 1 ? groups : 1) {
-        const int64_t limit = rows_ > 1 ? (int64_t(1) << 32) - threads : int64_t(threads) << 31;
-        CHECK_INTERNAL(rows_ * groups < limit, "%lld × %lld groups exceed one launch", (long long)rows_, (long long)groups);
+    RowLaunch(int64_t rows, int64_t groups)
+        : blocks(unsigned(ceil_div(rows * groups, threads))), total(rows * groups), one_row(rows == 1), groups_per_row(one_row ? 1 : groups) {
+        const int64_t limit = one_row ? int64_t(threads) << 31 : int64_t(1) << 32;
+        CHECK_INTERNAL(total < limit, "%lld × %lld groups exceed one launch", (long long)rows, (long long)groups);
     }
-    // This thread's row and group; past the end row ≥ rows (or, with one row, group ≥ groups).
-    __device__ __forceinline__ void locate(int64_t& row, int64_t& group) const {
+    // This thread's row and group; false past the end.
+    __device__ __forceinline__ bool locate(int64_t& row, int64_t& group) const {
         const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
-        row = rows > 1 ? groups_per_row.divide(uint32_t(i)) : 0;
-        group = i - row * groups_per_row.divisor;
+        if (i >= total) return false;
+        const uint32_t r = one_row ? 0 : groups_per_row.divide(uint32_t(i));
+        row = r, group = one_row ? i : int64_t(uint32_t(i) - r * groups_per_row.divisor);
+        return true;
     }
 };
 #endif

@@ -42,9 +42,8 @@ template <int N>
 __global__ void __launch_bounds__(RowLaunch::threads)
     forward_kernel(bf16* a, int64_t ld_a, const bf16* gate_up, int64_t ld_gate_up, int64_t f, RowLaunch launch) {
     int64_t t, group;
-    launch.locate(t, group);
+    if (!launch.locate(t, group)) return;
     const int64_t c = group * N;
-    if (t >= launch.rows || c >= f) return;
     float g[N], u[N];
     load_n(gate_up + t * ld_gate_up + c, g);
     load_n(gate_up + t * ld_gate_up + f + c, u);
@@ -59,9 +58,8 @@ __global__ void __launch_bounds__(RowLaunch::threads)
     backward_kernel(bf16* dgate_up, int64_t ld_dgate_up, const bf16* gate_up, int64_t ld_gate_up, const bf16* da, int64_t ld_da, bf16* a, int64_t ld_a,
                     int64_t f, RowLaunch launch) {
     int64_t t, group;
-    launch.locate(t, group);
+    if (!launch.locate(t, group)) return;
     const int64_t c = group * N;
-    if (t >= launch.rows || c >= f) return;
     float g[N], u[N], grad[N], out[N];
     load_n(gate_up + t * ld_gate_up + c, g);
     load_n(gate_up + t * ld_gate_up + f + c, u);
