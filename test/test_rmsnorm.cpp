@@ -43,7 +43,7 @@ Result reference(int64_t rows, int64_t h, const std::vector<float>& x, const std
 struct Shape {
     int64_t rows, h, pad;
 };
-const Shape kShapes[] = {{1, 1, 0}, {3, 7, 0}, {4, 8, 8}, {5, 64, 0}, {17, 100, 4}, {33, 768, 3}, {2200, 512, 0}, {40, 1032, 8}, {70, 2048, 0}, {9, 4096, 0}, {530, 5120, 0}, {3, 7168, 16}};
+const Shape kShapes[] = {{1, 1, 0}, {3, 7, 0}, {4, 8, 8}, {5, 64, 0}, {17, 100, 4}, {33, 768, 3}, {2200, 512, 0}, {40, 1032, 8}, {70, 2048, 0}, {9, 4096, 0}, {530, 5120, 0}, {3, 7168, 16}, {2, 8200, 0}};
 
 void check_rmsnorm(Device& device) {
     auto seed = fresh_seed();
