@@ -8,23 +8,18 @@
 #include "runtime/bfloat16.h"
 
 struct DynamicMap {
-    // Where the codes of one decade start and how they follow from the magnitude: offset = first + min(magnitude·slope + shift, last).
-    struct alignas(16) Decade {
-        float slope, shift, last;
-        int first;
-    };
-    float value[256];     // ascending; value[code]
-    float midpoint[256];  // between value[k] and value[k+1]; the last one is never reached
-    Decade decade[8];     // [0]: below the smallest value; [i + 1]: decade i
-    float limit[7];       // magnitudes above limit[i] belong to decade i or higher
-    int zero;             // code of 0: 127 signed, 0 unsigned
+    // Magnitudes fall into cells that share sign-free exponent and the upper seven mantissa bits of an fp32 number, from 2^−23 (below the
+    // smallest midpoint) to 1: narrow enough to hold at most one midpoint each, so a cell and one comparison give the code.
+    static constexpr int kOctaves = 23, kCellsPerOctave = 128, kCells = kOctaves * kCellsPerOctave, kFirstCell = (127 - kOctaves) * kCellsPerOctave;
+    float value[256];       // ascending; value[code]
+    float midpoint[256];    // between value[k] and value[k+1]; the last one is never reached
+    uint8_t below[kCells];  // midpoints of positive numbers below the cell
+    int zero;               // code of 0: 127 signed, 0 unsigned
 };
 
 // Everything in fp64, rounded once to fp32; a compile-time constant.
 constexpr DynamicMap make_dynamic_map(bool is_signed) {
     constexpr double power[7] = {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0};
-    // The linear guess is shifted down by a little, so that rounding never makes it too high: one comparison then settles the code.
-    constexpr double safety = 1e-3;
     DynamicMap map{};
     map.zero = is_signed ? 127 : 0;
     map.value[map.zero] = 0.0f;
@@ -37,11 +32,17 @@ constexpr DynamicMap make_dynamic_map(bool is_signed) {
             map.value[map.zero + first + j] = v;
             if (is_signed) map.value[map.zero - first - j] = -v;
         }
-        map.decade[i + 1] = {float(n / (0.9 * power[i])), float(-n / 9.0 - safety), float(n - 1), first};
     }
     for (int k = 0; k < 255; ++k) map.midpoint[k] = float((double(map.value[k]) + double(map.value[k + 1])) / 2);
     map.midpoint[255] = 2.0f;
-    for (int i = 0; i < 7; ++i) map.limit[i] = map.midpoint[map.zero + map.decade[i + 1].first - 1];
+    double octave = 1.0 / (1 << DynamicMap::kOctaves);
+    int below = 0;
+    for (int cell = 1; cell < DynamicMap::kCells; ++cell) {
+        const int step = cell % DynamicMap::kCellsPerOctave;
+        if (step == 0) octave *= 2;
+        while (map.midpoint[map.zero + below] < octave * (1 + step / double(DynamicMap::kCellsPerOctave))) ++below;
+        map.below[cell] = uint8_t(below);
+    }
     return map;
 }
 
@@ -49,14 +50,11 @@ inline constexpr DynamicMap kSignedMap = make_dynamic_map(true);
 inline constexpr DynamicMap kUnsignedMap = make_dynamic_map(false);
 
 // Code of the nearest value = number of midpoints below z (ties to the lower code), for z in [−1, 1] (a little outside: the end
-// codes; NaN: some code). The decade by comparison, the place in it by a linear guess that is right or one short in magnitude,
-// and one look at the midpoint table.
+// codes; NaN: some code): one look at the cells, one at the midpoints.
 HOST_DEVICE int dynamic_code(const DynamicMap& map, float z) {
-    float magnitude = fabsf(z);
-    int d = 0;
-    for (int i = 0; i < 7; ++i) d += magnitude > map.limit[i];
-    DynamicMap::Decade decade = map.decade[d];
-    int offset = decade.first + int(fminf(fmaf(magnitude, decade.slope, decade.shift), decade.last));
+    int cell = int((bits_of_float(z) & 0x7fffffffu) >> 16) - DynamicMap::kFirstCell;
+    cell = cell < 0 ? 0 : cell < DynamicMap::kCells ? cell : DynamicMap::kCells - 1;
+    int offset = map.below[cell];
     int probe = z < 0 ? map.zero - offset - 1 : map.zero + offset;
     if (probe < 0) probe = 0;
     return probe + (z > map.midpoint[probe]);

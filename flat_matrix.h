@@ -12,6 +12,7 @@ template <class T> struct FlatMatrix {
     // A contiguous matrix becomes a single row, so no index arithmetic is left.
     explicit FlatMatrix(const Tensor& t)
         : data(t.as<std::remove_const_t<T>>()), cols(t.contiguous() ? t.numel() : t.cols), ld(t.contiguous() ? t.numel() : t.ld), numel(t.numel()) {}
+    HOST_DEVICE FlatMatrix(T* data_, int64_t numel_) : data(data_), cols(numel_), ld(numel_), numel(numel_) {}
 };
 
 // Walks the logical elements from one flat index on: *cursor, then ++cursor.

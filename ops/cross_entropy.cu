@@ -39,22 +39,26 @@ void cross_entropy_cpu(Tensor losses, Tensor logits, const int32_t* targets, flo
 }
 
 #ifdef WITH_CUDA
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = 1024;
+constexpr int kRowThreads = 256;  // of a block whose row stays in registers: three rows of 64 KB per multiprocessor
 
 // Blocks take the rows from the last to the first: a GEMM has just written the logits in order, so the last ones are still in L2, and
 // the GEMMs that read the gradient begin with the first ones, which are then the most recent.
 __device__ __forceinline__ int64_t block_row() { return gridDim.x - 1 - blockIdx.x; }
 
+__device__ __forceinline__ float warp_maximum(float x) {
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    return x;
+}
+
 // The maximum of the block, in every thread. Skips NaN, which then enters through the sum.
 __device__ float block_maximum(float x) {
     __shared__ float of_warp[kMaxThreads / kWarp];
-#pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    x = warp_maximum(x);
     if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = x;
     __syncthreads();
-    x = of_warp[0];
-    for (int w = 1; w < int(blockDim.x) / kWarp; ++w) x = fmaxf(x, of_warp[w]);
-    return x;
+    return warp_maximum(of_warp[threadIdx.x % kWarp % (blockDim.x / kWarp)]);
 }
 
 // The sum over the block, the same bits in every thread.
@@ -63,9 +67,8 @@ __device__ float block_sum(float x) {
     x = warp_sum(x);
     if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = x;
     __syncthreads();
-    x = 0;
-    for (int w = 0; w < int(blockDim.x) / kWarp; ++w) x += of_warp[w];
-    return x;
+    const unsigned lane = threadIdx.x % kWarp;
+    return warp_sum(lane < blockDim.x / kWarp ? of_warp[lane] : 0.0f);
 }
 
 __device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
@@ -82,7 +85,7 @@ template <int kGroups> __device__ __forceinline__ void forget_unpacked(uint4 (&r
 
 // One block per row, which stays packed in registers: read once, written once. A thread owns groups tid, tid + threads, … (of eight).
 template <int kGroups>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, 3)
     cross_entropy_kernel(float* losses, bf16* logits, int64_t ld, int vocab, const int32_t* targets, float scale, bool backward) {
     const int64_t t = block_row();
     const int target = targets[t], groups = vocab / kVector, stride = blockDim.x;
@@ -129,7 +132,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
         float p[kVector];
         unpack_bf16x8(raw[i], p);
 #pragma unroll
-        for (int k = 0; k < kVector; ++k) p[k] = __expf(p[k] - maximum) * factor - (k == in_group ? scale : 0.0f);
+        for (int k = 0; k < kVector; ++k) p[k] = __expf(p[k] - maximum) * factor;
+        if (unsigned(in_group) < unsigned(kVector)) {
+#pragma unroll
+            for (int k = 0; k < kVector; ++k) p[k] -= k == in_group ? scale : 0.0f;
+        }
         store_n(reinterpret_cast<bf16*>(row + g), p);
     }
 }
@@ -203,19 +210,19 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 void cross_entropy_cuda(CudaContext& cuda, Tensor losses, Tensor logits, const int32_t* targets, float scale, bool backward) {
     if (logits.rows == 0) return;
-    const int64_t groups = ceil_div(logits.cols, kVector);
-    const unsigned threads = unsigned(std::min<int64_t>(round_up(groups, kWarp), kMaxThreads));
-    auto launch = [&](auto kernel) {
-        kernel<<<unsigned(logits.rows), threads, 0, cuda.stream>>>(losses.as<float>(), logits.as<bf16>(), logits.ld, int(logits.cols), targets, scale,
+    const int64_t groups = ceil_div(logits.cols, kVector), per_thread = ceil_div(groups, kRowThreads);
+    auto launch = [&](auto kernel, int most) {
+        const int64_t threads = std::min<int64_t>(round_up(groups, kWarp), most);
+        kernel<<<unsigned(logits.rows), unsigned(threads), 0, cuda.stream>>>(losses.as<float>(), logits.as<bf16>(), logits.ld, int(logits.cols), targets, scale,
                                                                    backward);
         LAUNCH_CHECK();
     };
-    const int64_t per_thread = ceil_div(groups, threads);
-    if (!aligned_rows(logits) || logits.cols % kVector != 0 || per_thread > 8) launch(cross_entropy_any_kernel);
-    else if (per_thread <= 1) launch(cross_entropy_kernel<1>);
-    else if (per_thread <= 2) launch(cross_entropy_kernel<2>);
-    else if (per_thread <= 4) launch(cross_entropy_kernel<4>);
-    else launch(cross_entropy_kernel<8>);
+    // The wider blocks of the other kernel keep fewer rows under way: what is read twice should come from L2 the second time.
+    if (!aligned_rows(logits) || logits.cols % kVector != 0 || per_thread > 16) launch(cross_entropy_any_kernel, kMaxThreads);
+    else if (per_thread <= 2) launch(cross_entropy_kernel<2>, kRowThreads);
+    else if (per_thread <= 4) launch(cross_entropy_kernel<4>, kRowThreads);
+    else if (per_thread <= 8) launch(cross_entropy_kernel<8>, kRowThreads);
+    else launch(cross_entropy_kernel<16>, kRowThreads);
 }
 #endif
 

@@ -79,9 +79,10 @@ constexpr int kSumList = 64;            // tensors per launch: their description
 constexpr int kSumThreads = 256;
 
 template <int N, class D, class S, class F>
-__global__ void __launch_bounds__(256) map_kernel(D* dst, int64_t ld_dst, const S* src, int64_t ld_src, int64_t cols, unsigned blocks_per_row, F f) {
-    const int64_t r = launch_row(blocks_per_row), c = launch_group(blocks_per_row) * N;
-    if (c >= cols) return;
+__global__ void __launch_bounds__(RowLaunch::threads) map_kernel(D* dst, int64_t ld_dst, const S* src, int64_t ld_src, RowLaunch launch, F f) {
+    int64_t r, group;
+    if (!launch.locate(r, group)) return;
+    const int64_t c = group * N;
     float x[N], old[N] = {};
     load_n(src + r * ld_src + c, x);
     if constexpr (F::reads_dst) load_n(dst + r * ld_dst + c, old);
@@ -91,8 +92,8 @@ __global__ void __launch_bounds__(256) map_kernel(D* dst, int64_t ld_dst, const 
 }
 
 template <int N, class D, class S, class F> void map_cuda(CudaContext& cuda, Tensor dst, Tensor src, F f) {
-    const RowLaunch launch = row_launch(src.rows, ceil_div(src.cols, N));
-    map_kernel<N><<<launch.blocks, launch.threads, 0, cuda.stream>>>(dst.as<D>(), dst.ld, src.as<S>(), src.ld, src.cols, launch.blocks_per_row, f);
+    const RowLaunch launch(src.rows, src.cols / N);
+    map_kernel<N><<<launch.blocks, launch.threads, 0, cuda.stream>>>(dst.as<D>(), dst.ld, src.as<S>(), src.ld, launch, f);
     LAUNCH_CHECK();
 }
 

@@ -11,9 +11,9 @@ namespace {
 
 // dw is summed in two stages: worker b sums rows b, b + workers, …; then the workers' sums are added in order. The number of
 // workers depends on the shape only, so results do not depend on the GPU or the thread count.
-// cuda: about 2^18 threads in all, for eight columns each; multiples of 132 fill an H100 or H200 evenly.
+// cuda: blocks of one thread per eight columns, about 1024 threads for each of 132 multiprocessors (H100, H200).
 int64_t worker_count(bool cuda, int64_t rows, int64_t cols) {
-    int64_t workers = cuda ? 528 * std::min<int64_t>(std::max<int64_t>(2048 / cols, 1), 4) : 32;
+    int64_t workers = cuda ? 132 * std::min<int64_t>(std::max<int64_t>(8192 / cols, 1), 16) : 32;
     return std::min(workers, rows);
 }
 
@@ -141,108 +141,113 @@ void forward_cuda(CudaContext& cuda, Tensor y, Tensor rstd, Tensor x, Tensor w, 
     LAUNCH_CHECK();
 }
 
-constexpr int kBackwardThreads = 320;  // at most; 5120 columns are two groups of eight per thread
+constexpr int kMaxThreads = 1024;
 
-// One block (worker) goes through its rows; a thread owns the same kGroups groups of N columns in all of them.
-template <int N, int kGroups>
-__global__ void __launch_bounds__(kBackwardThreads)
+// The sum over the block, the same bits in every thread. Calls must alternate between two buffers: one barrier is then enough.
+__device__ __forceinline__ float block_sum(float x, float (&of_warp)[kMaxThreads / kWarp]) {
+    x = warp_sum(x);
+    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = x;
+    __syncthreads();
+    float total = 0;
+    for (int w = 0; w < int(blockDim.x) / kWarp; ++w) total += of_warp[w];
+    return total;
+}
+
+// One block (worker) goes through its rows; a thread owns the same eight columns in all of them.
+__global__ void __launch_bounds__(kMaxThreads)
     backward_kernel(bf16* dx, int64_t ld_dx, float* partial, const bf16* dy, int64_t ld_dy, const bf16* x, int64_t ld_x, const float* w,
                     const float* rstd, bf16* normed, int64_t ld_normed, bool accumulate, int64_t rows, int cols) {
-    __shared__ float warp_dots[2][kBackwardThreads / kWarp];  // two in turn: one barrier per row is then enough
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-    float dw[kGroups][N] = {};
+    __shared__ float of_warp[2][kMaxThreads / kWarp];
+    const int c = threadIdx.x * kVector;
+    const bool inside = c < cols;
+    float weight[kVector] = {}, dw[kVector] = {};
+    if (inside) load_n(w + c, weight);
     int turn = 0;
     for (int64_t t = blockIdx.x; t < rows; t += gridDim.x, turn ^= 1) {
         const float rho = rstd[t];
-        float normalized[kGroups][N], g[kGroups][N], out[kGroups][N];
-#pragma unroll
-        for (int i = 0; i < kGroups; ++i) {
-            const int c = (i * blockDim.x + threadIdx.x) * N;
-            if (c < cols) {
-                load_n(x + t * ld_x + c, normalized[i]);
-                load_n(dy + t * ld_dy + c, g[i]);
-                if (accumulate) load_n(dx + t * ld_dx + c, out[i]);
-            }
+        float normalized[kVector] = {}, g[kVector] = {}, out[kVector] = {};
+        if (inside) {
+            load_n(x + t * ld_x + c, normalized);
+            load_n(dy + t * ld_dy + c, g);
+            if (accumulate) load_n(dx + t * ld_dx + c, out);
         }
-        float dot = 0;
+        float dot = 0, y[kVector];
 #pragma unroll
-        for (int i = 0; i < kGroups; ++i) {
-            const int c = (i * blockDim.x + threadIdx.x) * N;
-            if (c < cols) {
-                float weight[N], y[N];
-                load_n(w + c, weight);
-#pragma unroll
-                for (int k = 0; k < N; ++k) {
-                    normalized[i][k] *= rho;
-                    y[k] = weight[k] * normalized[i][k];
-                    dw[i][k] += g[i][k] * normalized[i][k];
-                    g[i][k] *= weight[k];
-                    dot += g[i][k] * normalized[i][k];
-                }
-                if (normed) store_n(normed + t * ld_normed + c, y);  // this thread has read its part of dy, which normed may be
-            }
+        for (int k = 0; k < kVector; ++k) {
+            normalized[k] *= rho;
+            y[k] = weight[k] * normalized[k];
+            dw[k] += g[k] * normalized[k];
+            g[k] *= weight[k];
+            dot += g[k] * normalized[k];
         }
-        dot = warp_sum(dot);
-        if (lane == 0) warp_dots[turn][warp] = dot;
-        __syncthreads();
-        float total = 0;
-        for (int i = 0; i < warps; ++i) total += warp_dots[turn][i];
-        const float mean = total / float(cols);
+        if (normed && inside) store_n(normed + t * ld_normed + c, y);  // this thread has read its part of dy, which normed may be
+        const float mean = block_sum(dot, of_warp[turn]) / float(cols);
 #pragma unroll
-        for (int i = 0; i < kGroups; ++i) {
-            const int c = (i * blockDim.x + threadIdx.x) * N;
-            if (c < cols) {
-#pragma unroll
-                for (int k = 0; k < N; ++k) {
-                    const float d = rho * (g[i][k] - normalized[i][k] * mean);
-                    out[i][k] = accumulate ? out[i][k] + d : d;
-                }
-                store_n(dx + t * ld_dx + c, out[i]);
-            }
-        }
+        for (int k = 0; k < kVector; ++k) out[k] += rho * (g[k] - normalized[k] * mean);
+        if (inside) store_n(dx + t * ld_dx + c, out);
     }
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-        const int c = (i * blockDim.x + threadIdx.x) * N;
-        if (c < cols) store_n(partial + int64_t(blockIdx.x) * cols + c, dw[i]);
+    if (inside) store_n(partial + int64_t(blockIdx.x) * cols + c, dw);
+}
+
+// For rows that are unaligned or longer than 8 · kMaxThreads: everything read twice, dw summed in memory.
+__global__ void __launch_bounds__(kMaxThreads)
+    backward_any_kernel(bf16* dx, int64_t ld_dx, float* partial, const bf16* dy, int64_t ld_dy, const bf16* x, int64_t ld_x, const float* w,
+                        const float* rstd, bf16* normed, int64_t ld_normed, bool accumulate, int64_t rows, int cols) {
+    __shared__ float of_warp[2][kMaxThreads / kWarp];
+    partial += int64_t(blockIdx.x) * cols;
+    for (int c = threadIdx.x; c < cols; c += blockDim.x) partial[c] = 0;
+    int turn = 0;
+    for (int64_t t = blockIdx.x; t < rows; t += gridDim.x, turn ^= 1) {
+        const float rho = rstd[t];
+        float dot = 0;
+        for (int c = threadIdx.x; c < cols; c += blockDim.x) dot += to_float(dy[t * ld_dy + c]) * w[c] * (to_float(x[t * ld_x + c]) * rho);
+        const float mean = block_sum(dot, of_warp[turn]) / float(cols);
+        for (int c = threadIdx.x; c < cols; c += blockDim.x) {
+            const float grad = to_float(dy[t * ld_dy + c]), normalized = to_float(x[t * ld_x + c]) * rho;
+            bf16& out = dx[t * ld_dx + c];
+            partial[c] += grad * normalized;
+            if (normed) store(normed[t * ld_normed + c], w[c] * normalized);
+            store(out, (accumulate ? to_float(out) : 0.0f) + rho * (grad * w[c] - normalized * mean));
+        }
     }
 }
 
-// out += column sums of partial: (rows, cols). A block takes 32 columns, 32 threads down each, added in a fixed order.
-__global__ void __launch_bounds__(1024) add_column_sums_kernel(float* out, const float* partial, int rows, int cols) {
-    __shared__ float sums[kWarp][kWarp + 1];
-    const int c = blockIdx.x * kWarp + threadIdx.x;
+// out += column sums of partial: (rows, cols). A block takes eight columns (a 32-byte sector of memory), 128 threads down each; all sums
+// in a fixed order.
+constexpr int kSumRows = 128;
+__global__ void __launch_bounds__(kVector* kSumRows) add_column_sums_kernel(float* out, const float* partial, int rows, int cols) {
+    __shared__ float sums[kVector][kSumRows + 1];
+    const int first = blockIdx.x * kVector, c = first + threadIdx.x;
     float sum = 0;
     if (c < cols) {
-#pragma unroll 8
-        for (int r = threadIdx.y; r < rows; r += kWarp) sum += partial[int64_t(r) * cols + c];
+#pragma unroll 4
+        for (int r = threadIdx.y; r < rows; r += kSumRows) sum += partial[int64_t(r) * cols + c];
     }
-    sums[threadIdx.y][threadIdx.x] = sum;
+    sums[threadIdx.x][threadIdx.y] = sum;
     __syncthreads();
-    sum = warp_sum(sums[threadIdx.x][threadIdx.y]);  // warp y now holds column y of the block
-    const int column = blockIdx.x * kWarp + threadIdx.y;
-    if (threadIdx.x == 0 && column < cols) out[column] += sum;
+    const int thread = threadIdx.y * kVector + threadIdx.x, column = thread / kWarp, lane = thread % kWarp;
+    if (column >= kVector || first + column >= cols) return;  // warp by warp
+    sum = 0;
+    for (int r = lane; r < kSumRows; r += kWarp) sum += sums[column][r];
+    sum = warp_sum(sum);
+    if (lane == 0) out[first + column] += sum;
 }
 
 void backward_cuda(CudaContext& cuda, Tensor dx, Tensor dw, Tensor dy, Tensor x, Tensor w, Tensor rstd, Tensor normed, bool accumulate, Tensor partial) {
     if (x.rows == 0) return;
     const bool aligned = aligned_rows(x) && aligned_rows(dy) && aligned_rows(dx) && aligned_rows(w) && x.cols % kVector == 0 &&
                          (!normed || aligned_rows(normed));
-    auto launch = [&](auto kernel, int width, int groups) {
-        const unsigned threads = unsigned(round_up(ceil_div(x.cols, width * groups), kWarp));
-        CHECK_INTERNAL(threads <= kBackwardThreads, "rmsnorm over %lld columns: at most %d", (long long)x.cols, kBackwardThreads * width * groups);
-        kernel<<<unsigned(partial.rows), threads, 0, cuda.stream>>>(dx.as<bf16>(), dx.ld, partial.as<float>(), dy.as<bf16>(), dy.ld, x.as<bf16>(),
-                                                                    x.ld, w.as<float>(), rstd.as<float>(), normed ? normed.as<bf16>() : nullptr, normed.ld, accumulate,
-                                                                    x.rows, int(x.cols));
+    auto launch = [&](auto kernel, int64_t threads) {
+        kernel<<<unsigned(partial.rows), unsigned(threads), 0, cuda.stream>>>(
+            dx.as<bf16>(), dx.ld, partial.as<float>(), dy.as<bf16>(), dy.ld, x.as<bf16>(), x.ld, w.as<float>(), rstd.as<float>(),
+            normed ? normed.as<bf16>() : nullptr, normed.ld, accumulate, x.rows, int(x.cols));
         LAUNCH_CHECK();
     };
-    const int64_t groups = ceil_div(x.cols, kVector * kBackwardThreads);
-    if (!aligned) launch(backward_kernel<1, 32>, 1, 32);
-    else if (groups <= 1) launch(backward_kernel<kVector, 1>, kVector, 1);
-    else if (groups <= 2) launch(backward_kernel<kVector, 2>, kVector, 2);
-    else launch(backward_kernel<kVector, 4>, kVector, 4);
-    add_column_sums_kernel<<<unsigned(ceil_div(x.cols, kWarp)), dim3(kWarp, kWarp), 0, cuda.stream>>>(dw.as<float>(), partial.as<float>(),
-                                                                                                    int(partial.rows), int(x.cols));
+    const int64_t threads = round_up(ceil_div(x.cols, kVector), kWarp);
+    if (aligned && threads <= kMaxThreads) launch(backward_kernel, threads);
+    else launch(backward_any_kernel, std::min<int64_t>(round_up(x.cols, kWarp), kMaxThreads));
+    add_column_sums_kernel<<<unsigned(ceil_div(x.cols, kVector)), dim3(kVector, kSumRows), 0, cuda.stream>>>(dw.as<float>(), partial.as<float>(),
+                                                                                                         int(partial.rows), int(x.cols));
     LAUNCH_CHECK();
 }
 #endif

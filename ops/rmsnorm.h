@@ -9,5 +9,5 @@ void rmsnorm_forward(Device& device, Tensor y, Tensor rstd, Tensor x, Tensor w, 
 //                                                  old contents are not read)
 // dw += Σ_t dy∘x̂                                  (f32, fixed-order two-stage sum: bit-identical from run to run)
 // normed, if given, ← w∘x̂: the forward's y once more, to the bit, for whoever needs it as the input of a product. It may be dy itself.
-// dx, dy, x, normed: (T, h) activation dtype; w, dw: (1, h) f32; rstd: (1, T) f32. Scratch: a few hundred rows of h fp32.
+// dx, dy, x, normed: (T, h) activation dtype; w, dw: (1, h) f32; rstd: (1, T) f32. Scratch: about 4 MB.
 void rmsnorm_backward(Device& device, Tensor dx, Tensor dw, Tensor dy, Tensor x, Tensor w, Tensor rstd, Tensor normed = {}, bool accumulate = true);

@@ -66,17 +66,36 @@ inline bool aligned_rows(const Tensor& t) {
     return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && (t.rows == 1 || t.ld * size_of(t.dtype) % 16 == 0);
 }
 
-// Blocks of threads that give every group of every row of a matrix one thread: block b works on row b / blocks_per_row.
-struct RowLaunch {
-    unsigned blocks, threads, blocks_per_row;
+// n / divisor for n < 2^32 by a multiplication (Granlund & Montgomery 1994); the GPU has no integer division.
+struct Divisor {
+    uint32_t divisor = 1, factor = 1, shift = 0;
+    explicit Divisor(int64_t d) : divisor(uint32_t(d)) {
+        while ((uint64_t(1) << shift) < divisor) ++shift;
+        factor = uint32_t((uint64_t(1) << 32) * ((uint64_t(1) << shift) - divisor) / divisor + 1);
+    }
+    __device__ __forceinline__ uint32_t divide(uint32_t n) const { return uint32_t((uint64_t(__umulhi(n, factor)) + n) >> shift); }
 };
-inline RowLaunch row_launch(int64_t rows, int64_t groups) {
-    int64_t per_row = ceil_div(groups, 256), blocks = rows * per_row;
-    CHECK_INTERNAL(blocks < (int64_t(1) << 31), "%lld × %lld groups exceed one launch", (long long)rows, (long long)groups);
-    return RowLaunch{unsigned(blocks), unsigned(round_up(ceil_div(groups, per_row), kWarp)), unsigned(per_row)};
-}
-__device__ __forceinline__ int64_t launch_row(unsigned blocks_per_row) { return blockIdx.x / blocks_per_row; }
-__device__ __forceinline__ int64_t launch_group(unsigned blocks_per_row) {
-    return int64_t(blockIdx.x % blocks_per_row) * blockDim.x + threadIdx.x;
-}
+
+// One thread per group of every row of a matrix, in one sequence: no thread idles at the end of a row.
+struct RowLaunch {
+    static constexpr int threads = 256;
+    unsigned blocks;
+    int64_t total;
+    bool one_row;
+    Divisor groups_per_row;
+
+    RowLaunch(int64_t rows, int64_t groups)
+        : blocks(unsigned(ceil_div(rows * groups, threads))), total(rows * groups), one_row(rows == 1), groups_per_row(one_row ? 1 : groups) {
+        const int64_t limit = one_row ? int64_t(threads) << 31 : int64_t(1) << 32;
+        CHECK_INTERNAL(total < limit, "%lld × %lld groups exceed one launch", (long long)rows, (long long)groups);
+    }
+    // This thread's row and group; false past the end.
+    __device__ __forceinline__ bool locate(int64_t& row, int64_t& group) const {
+        const int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x;
+        if (i >= total) return false;
+        const uint32_t r = one_row ? 0 : groups_per_row.divide(uint32_t(i));
+        row = r, group = one_row ? i : int64_t(uint32_t(i) - r * groups_per_row.divisor);
+        return true;
+    }
+};
 #endif

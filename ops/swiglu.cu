@@ -39,9 +39,11 @@ template <bool kOutput> void backward_cpu(Tensor dgate_up, Tensor gate_up, Tenso
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
 template <int N>
-__global__ void __launch_bounds__(256) forward_kernel(bf16* a, int64_t ld_a, const bf16* gate_up, int64_t ld_gate_up, int64_t f, unsigned blocks_per_row) {
-    const int64_t t = launch_row(blocks_per_row), c = launch_group(blocks_per_row) * N;
-    if (c >= f) return;
+__global__ void __launch_bounds__(RowLaunch::threads)
+    forward_kernel(bf16* a, int64_t ld_a, const bf16* gate_up, int64_t ld_gate_up, int64_t f, RowLaunch launch) {
+    int64_t t, group;
+    if (!launch.locate(t, group)) return;
+    const int64_t c = group * N;
     float g[N], u[N];
     load_n(gate_up + t * ld_gate_up + c, g);
     load_n(gate_up + t * ld_gate_up + f + c, u);
@@ -52,10 +54,12 @@ __global__ void __launch_bounds__(256) forward_kernel(bf16* a, int64_t ld_a, con
 
 // Each thread reads its elements before it writes them, so dgate_up may be gate_up and a may be da.
 template <int N>
-__global__ void __launch_bounds__(256) backward_kernel(bf16* dgate_up, int64_t ld_dgate_up, const bf16* gate_up, int64_t ld_gate_up, const bf16* da,
-                                                       int64_t ld_da, bf16* a, int64_t ld_a, int64_t f, unsigned blocks_per_row) {
-    const int64_t t = launch_row(blocks_per_row), c = launch_group(blocks_per_row) * N;
-    if (c >= f) return;
+__global__ void __launch_bounds__(RowLaunch::threads)
+    backward_kernel(bf16* dgate_up, int64_t ld_dgate_up, const bf16* gate_up, int64_t ld_gate_up, const bf16* da, int64_t ld_da, bf16* a, int64_t ld_a,
+                    int64_t f, RowLaunch launch) {
+    int64_t t, group;
+    if (!launch.locate(t, group)) return;
+    const int64_t c = group * N;
     float g[N], u[N], grad[N], out[N];
     load_n(gate_up + t * ld_gate_up + c, g);
     load_n(gate_up + t * ld_gate_up + f + c, u);
@@ -73,8 +77,8 @@ __global__ void __launch_bounds__(256) backward_kernel(bf16* dgate_up, int64_t l
 }
 
 template <int N> void forward_cuda(CudaContext& cuda, Tensor a, Tensor gate_up) {
-    const RowLaunch launch = row_launch(a.rows, ceil_div(a.cols, N));
-    forward_kernel<N><<<launch.blocks, launch.threads, 0, cuda.stream>>>(a.as<bf16>(), a.ld, gate_up.as<bf16>(), gate_up.ld, a.cols, launch.blocks_per_row);
+    const RowLaunch launch(a.rows, a.cols / N);
+    forward_kernel<N><<<launch.blocks, launch.threads, 0, cuda.stream>>>(a.as<bf16>(), a.ld, gate_up.as<bf16>(), gate_up.ld, a.cols, launch);
     LAUNCH_CHECK();
 }
 
@@ -85,9 +89,9 @@ void forward_cuda(CudaContext& cuda, Tensor a, Tensor gate_up) {
 }
 
 template <int N> void backward_cuda(CudaContext& cuda, Tensor dgate_up, Tensor gate_up, Tensor da, Tensor a) {
-    const RowLaunch launch = row_launch(da.rows, ceil_div(da.cols, N));
+    const RowLaunch launch(da.rows, da.cols / N);
     backward_kernel<N><<<launch.blocks, launch.threads, 0, cuda.stream>>>(dgate_up.as<bf16>(), dgate_up.ld, gate_up.as<bf16>(), gate_up.ld,
-                                                                          da.as<bf16>(), da.ld, a ? a.as<bf16>() : nullptr, a.ld, da.cols, launch.blocks_per_row);
+                                                                          da.as<bf16>(), da.ld, a ? a.as<bf16>() : nullptr, a.ld, da.cols, launch);
     LAUNCH_CHECK();
 }
 

@@ -43,7 +43,7 @@ Result reference(int64_t rows, int64_t h, const std::vector<float>& x, const std
 struct Shape {
     int64_t rows, h, pad;
 };
-const Shape kShapes[] = {{1, 1, 0}, {3, 7, 0}, {4, 8, 8}, {5, 64, 0}, {17, 100, 4}, {33, 768, 3}, {2200, 512, 0}, {40, 1032, 8}, {70, 2048, 0}, {9, 4096, 0}, {530, 5120, 0}, {3, 7168, 16}};
+const Shape kShapes[] = {{1, 1, 0}, {3, 7, 0}, {4, 8, 8}, {5, 64, 0}, {17, 100, 4}, {33, 768, 3}, {2200, 512, 0}, {40, 1032, 8}, {70, 2048, 0}, {9, 4096, 0}, {530, 5120, 0}, {3, 7168, 16}, {2, 8200, 0}};
 
 void check_rmsnorm(Device& device) {
     auto seed = fresh_seed();
@@ -86,16 +86,16 @@ void check_rmsnorm(Device& device) {
         // The normalized rows again, in dy's place; with nothing to add to, dx as if it had been 0 (it holds NaN).
         OnDevice dx3(device, type, s.rows, s.h, dx0, ld), dw3(device, DType::f32, 1, s.h, dw0), normed(device, type, s.rows, s.h, ld);
         rmsnorm_backward(device, dx3, dw3, dy_, x_, w_, rstd, normed);
-        CHECK(normed.raw<uint8_t>() == y.raw<uint8_t>());
-        CHECK(dx3.raw<uint8_t>() == dx.raw<uint8_t>());
-        CHECK(dw3.raw<uint8_t>() == dw.raw<uint8_t>());
+        CHECK((normed.raw<uint8_t>() == y.raw<uint8_t>()));
+        CHECK((dx3.raw<uint8_t>() == dx.raw<uint8_t>()));
+        CHECK((dw3.raw<uint8_t>() == dw.raw<uint8_t>()));
         OnDevice from_zero(device, type, s.rows, s.h, std::vector<float>(n, 0.0f), ld), overwritten(device, type, s.rows, s.h, ld);
         rmsnorm_backward(device, from_zero, dw2, dy_, x_, w_, rstd);
         rmsnorm_backward(device, overwritten, dw3, dy_, x_, w_, rstd, dy_, false);
-        CHECK(overwritten.read() == from_zero.read());
+        CHECK((overwritten.read() == from_zero.read()));
         CHECK(padding_untouched(overwritten));
-        CHECK(dw3.raw<uint8_t>() == dw2.raw<uint8_t>());
-        CHECK(dy_.raw<uint8_t>() == y.raw<uint8_t>());
+        CHECK((dw3.raw<uint8_t>() == dw2.raw<uint8_t>()));
+        CHECK((dy_.raw<uint8_t>() == y.raw<uint8_t>()));
     }
 }
 

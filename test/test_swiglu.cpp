@@ -41,11 +41,11 @@ void check_swiglu(Device& device) {
         // With the activation computed along the way, in da's place: the forward's bits, and the same gradients.
         OnDevice in_place(device, type, s.rows, s.f, da, s.f + s.pad), again(device, type, s.rows, 2 * s.f, 2 * s.f + s.pad);
         swiglu_backward(device, again, gate_up_, in_place, in_place);
-        CHECK(in_place.raw<uint8_t>() == a_.raw<uint8_t>());
-        CHECK(again.raw<uint8_t>() == dgate_up_.raw<uint8_t>());
-        CHECK(da_.read() == da);
+        CHECK((in_place.raw<uint8_t>() == a_.raw<uint8_t>()));
+        CHECK((again.raw<uint8_t>() == dgate_up_.raw<uint8_t>()));
+        CHECK((da_.read() == da));
         swiglu_backward(device, gate_up_, gate_up_, da_);
-        CHECK(gate_up_.raw<uint8_t>() == dgate_up_.raw<uint8_t>());
+        CHECK((gate_up_.raw<uint8_t>() == dgate_up_.raw<uint8_t>()));
     }
     // Saturation: no NaN from exp overflow.
     const std::vector<float> g = {-200, -95, -88, 0, 88, 95, 200, 1e4f};

@@ -1,12 +1,13 @@
 // Shared by the benchmarks of the memory-bound operations. Each compares the GPU form with the CPU form on small shapes, then prints the
-// median time of 20 runs at the shapes of real models, in ms and in GB/s (bytes that must move at least, read and written), next to the
-// bandwidth of a device-to-device copy measured at the start. "L2" marks a working set that fits the GPU's L2 cache: there the copy
-// is no yardstick.
+// median time of 20 runs at the shapes of real models, in ms and in GB/s (bytes that must move at least, read and written), next to two
+// yardsticks: the bandwidth of a device-to-device copy of 1 GiB, and that of a copy which moves as many bytes as the operation. "L2"
+// marks a working set that fits the GPU's L2 cache.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <functional>
+#include <map>
 #include <random>
 #include <vector>
 
@@ -78,13 +79,11 @@ class Tensors {
 
 class Bench {
   public:
-    Bench() : gpu_(Device::open("cuda")), cpu_(Device::open("cpu")) {
+    Bench() : gpu_(Device::open("cuda")), cpu_(Device::open("cpu")), buffers_(*gpu_) {
         gpu_->reserve_scratch(int64_t(2) << 30);
         cpu_->reserve_scratch(int64_t(64) << 20);
-        Tensors tensors(*gpu_);
-        Tensor from = tensors.random(DType::bf16, 1, int64_t(1) << 29), to = tensors.empty(DType::bf16, 1, int64_t(1) << 29);
-        copy_bandwidth_ = 2.0 * double(from.bytes()) / seconds([&] { gpu_->copy(to.data, from.data, from.bytes()); }, 1);
-        std::printf("%s, copies at %.0f GB/s (read + write)\n", gpu_->name().c_str(), copy_bandwidth_ * 1e-9);
+        from_ = buffers_.random(DType::bf16, 1, kCopyBytes / 2), to_ = buffers_.empty(DType::bf16, 1, kCopyBytes / 2);
+        std::printf("%s, copies at %.0f GB/s (read + write)\n", gpu_->name().c_str(), copy_bandwidth(2 * kCopyBytes) * 1e-9);
     }
 
     Device& gpu() { return *gpu_; }
@@ -105,9 +104,9 @@ class Bench {
 
     // One line of the table. bytes: what one call moves at least; it is also the working set.
     template <class F> void time(const char* what, const char* shape, double bytes, F work) {
-        const int calls = int(std::clamp(2e8 / bytes, 1.0, 50.0));  // short ones back to back, as in training
-        const double s = seconds(work, calls);
-        std::printf("%-28s %-28s %9.4f ms  %6.0f GB/s  %5.1f %% of copy%s\n", what, shape, s * 1e3, bytes / s * 1e-9, 100 * bytes / s / copy_bandwidth_,
+        const double s = seconds(work, calls_for(bytes)), rate = bytes / s;
+        std::printf("%-28s %-28s %9.4f ms  %6.0f GB/s  %5.1f %% of copy  %5.1f %% of an equal copy%s\n", what, shape, s * 1e3, rate * 1e-9,
+                    100 * rate / copy_bandwidth(2 * kCopyBytes), 100 * rate / copy_bandwidth(bytes),
                     bytes < double(gpu_->cuda().properties.l2CacheSize) ? "  L2" : "");
     }
 
@@ -133,6 +132,18 @@ class Bench {
     }
 
   private:
+    static constexpr int64_t kCopyBytes = int64_t(1) << 30;
+
+    static int calls_for(double bytes) { return int(std::clamp(2e8 / bytes, 1.0, 50.0)); }  // short ones back to back, as in training
+
+    // Bytes per second, read and written, of a copy that moves `bytes` in all.
+    double copy_bandwidth(double bytes) {
+        const int64_t copied = std::clamp<int64_t>(int64_t(bytes / 2), 16, kCopyBytes);
+        double& rate = copy_rates_[copied];
+        if (rate == 0) rate = 2.0 * double(copied) / seconds([&] { gpu_->copy(to_.data, from_.data, copied); }, calls_for(2.0 * double(copied)));
+        return rate;
+    }
+
     static std::vector<float> read(Device& device, const Tensor& t) {
         std::vector<char> raw(t.bytes());
         device.download(raw.data(), t.data, t.bytes());
@@ -143,7 +154,9 @@ class Bench {
     }
 
     std::unique_ptr<Device> gpu_, cpu_;
-    double copy_bandwidth_ = 0;
+    Tensors buffers_;
+    Tensor from_, to_;
+    std::map<int64_t, double> copy_rates_;
 };
 
 inline std::string shape_name(const ModelShape& model, int64_t tokens, int64_t cols) {

@@ -39,7 +39,7 @@ int main() {
     return run_bench([](Bench& bench) {
         for (const Format& format : kFormats)
             bench.check(format.name, 5e-3, [&](Tensors& tensors) {
-                Problem problem(tensors, format.p_type, format.moments, 100003);
+                Problem problem(tensors, format.p_type, format.moments, 100008);
                 for (int i = 0; i < 3; ++i) problem.update(tensors.device());
                 return std::vector<Tensor>{problem.p};
             });
