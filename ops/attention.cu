@@ -133,43 +133,75 @@ void backward_cpu(Tensor dqkv, Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Ten
         }
 }
 
+// Scratch of the backward pass, a function of the shape alone. On cuda (see ops/attention_backward.cuh): partial sums of dQ for as many
+// key heads ("slots") as blocks in flight can belong to, and the counters that put the blocks in order.
+struct BackwardScratch {
+    int64_t slots = 0;
+    Tensor row_sums, partial_dq, turns;
+
+    BackwardScratch(ScratchScope& scratch, bool cuda, const AttentionShape& s) {
+        row_sums = scratch.tensor("attention row sums", DType::f32, 1, s.batch * s.heads * s.seq);
+        if (!cuda) return;
+        const int64_t blocks_in_flight = 160 * 128 / s.head_dim;  // on the largest GPUs; with more, blocks would wait for slots
+        const int64_t key_tiles = ceil_div(s.seq, 128), query_tiles = ceil_div(s.seq * s.head_dim, 4096);
+        slots = std::min(s.batch * s.kv_heads, 2 * blocks_in_flight / key_tiles + 2);
+        const int64_t heads = slots * (s.heads / s.kv_heads);
+        partial_dq = scratch.tensor("attention sums of dQ", DType::f32, heads * query_tiles, 4096);
+        turns = scratch.tensor("attention turns", DType::i32, 1, heads * key_tiles * s.head_dim / 16 + 1);
+    }
+};
+
 // ---- CUDA ------------------------------------------------------------------------------------------------------------------
 #ifdef WITH_CUDA
 // The kernels move 16 bytes at a time; rows of whole heads always allow that.
 const bf16* aligned(Tensor t, const char* what) {
-    CHECK_INTERNAL(t.dtype == DType::bf16 && t.ld % 8 == 0 && reinterpret_cast<uintptr_t>(t.data) % 16 == 0,
+    CHECK_INTERNAL(t.dtype == DType::bf16 && t.ld % 8 == 0 && t.ld < int64_t(1) << 31 && reinterpret_cast<uintptr_t>(t.data) % 16 == 0,
                    "%s must be bf16 in 16-byte aligned rows (ld %lld)", what, (long long)t.ld);
     return t.as<bf16>();
 }
 
 void check_cuda_shape(const AttentionShape& s) {
     CHECK_INTERNAL(s.head_dim == 64 || s.head_dim == 128, "head_dim %lld: the CUDA kernels have 64 and 128", (long long)s.head_dim);
-    CHECK_INTERNAL(s.batch <= 65535 && s.heads <= 65535 && s.seq * s.heads * s.head_dim < int64_t(1) << 31, "batch %lld, seq %lld, heads %lld: past the grid or 32-bit indices",
-                   (long long)s.batch, (long long)s.seq, (long long)s.heads);
+    CHECK_INTERNAL(s.batch <= 65535 && s.heads <= 65535 && s.seq * s.heads * s.head_dim < int64_t(1) << 31,
+                   "batch %lld, seq %lld, heads %lld: past the grid or 32-bit indices", (long long)s.batch, (long long)s.seq, (long long)s.heads);
 }
 
 void forward_cuda(Device& device, Tensor o, Tensor lse, Tensor qkv, const AttentionShape& s) {
     check_cuda_shape(s);
-    attention::ForwardArgs args{aligned(qkv, "qkv"), qkv.ld, const_cast<bf16*>(aligned(o, "o")), o.ld, lse.as<float>(),
+    attention::ForwardArgs args{aligned(qkv, "qkv"), int(qkv.ld), const_cast<bf16*>(aligned(o, "o")), int(o.ld), lse.as<float>(),
                                 int(s.seq), int(s.heads), int(s.kv_heads), score_scale(s)};
-    if (s.head_dim == 64) attention::launch_forward<64>(args, int(s.batch), device.cuda().stream);
-    else attention::launch_forward<128>(args, int(s.batch), device.cuda().stream);
+    const cudaStream_t stream = device.cuda().stream;
+    // Short sequences prefer tiles of 64 queries, which waste less at the diagonal; the results are the same.
+    if (s.head_dim == 128) attention::launch_forward<128, 2>(args, int(s.batch), stream);
+    else if (s.seq <= 512) attention::launch_forward<64, 1>(args, int(s.batch), stream);
+    else attention::launch_forward<64, 2>(args, int(s.batch), stream);
 }
 
-void backward_cuda(Device& device, Tensor dqkv, Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor row_sums, const AttentionShape& s, Tensor rope) {
+void backward_cuda(Device& device, Tensor dqkv, Tensor d_o, Tensor qkv, Tensor o, Tensor lse, const BackwardScratch& scratch, const AttentionShape& s,
+                   Tensor rope) {
     check_cuda_shape(s);
     CHECK_INTERNAL(rope.ld % 2 == 0 && reinterpret_cast<uintptr_t>(rope.data) % 8 == 0, "rope table at %p, ld %lld", rope.data, (long long)rope.ld);
-    attention::BackwardArgs args{const_cast<bf16*>(aligned(dqkv, "dqkv")), dqkv.ld, aligned(d_o, "d_o"), d_o.ld, aligned(qkv, "qkv"), qkv.ld,
-                                 aligned(o, "o"), o.ld, lse.as<float>(), row_sums.as<float>(), int(s.batch), int(s.seq), int(s.heads),
-                                 int(s.kv_heads), score_scale(s), rope.as<float>(), rope.ld};
+    unsigned* turns = scratch.turns.as<unsigned>();
+    CUDA_CHECK(cudaMemsetAsync(turns, 0, scratch.turns.bytes(), device.cuda().stream));
+    attention::BackwardArgs args{};
+    args.dqkv = const_cast<bf16*>(aligned(dqkv, "dqkv")), args.ld_dqkv = int(dqkv.ld);
+    args.d_o = aligned(d_o, "d_o"), args.ld_d_o = int(d_o.ld);
+    args.qkv = aligned(qkv, "qkv"), args.ld_qkv = int(qkv.ld);
+    args.o = aligned(o, "o"), args.ld_o = int(o.ld);
+    args.lse = lse.as<float>(), args.row_sums = scratch.row_sums.as<float>();
+    args.partial_dq = scratch.partial_dq.as<float>(), args.slots = int(scratch.slots);
+    args.turns = turns, args.started = turns + scratch.turns.cols - 1;
+    args.batch = int(s.batch), args.seq = int(s.seq), args.heads = int(s.heads), args.kv_heads = int(s.kv_heads), args.group = int(s.heads / s.kv_heads);
+    args.scale = score_scale(s);
+    args.rope = rope.as<float>(), args.ld_rope = int(rope.ld);
     if (s.head_dim == 64) attention::launch_backward<64>(args, device.cuda().stream);
     else attention::launch_backward<128>(args, device.cuda().stream);
 }
 #endif
 
 void check_shape(const AttentionShape& s, Tensor qkv_like, Tensor o_like, Tensor lse) {
-    CHECK_INTERNAL(s.batch > 0 && s.seq > 0 && s.head_dim > 0 && s.kv_heads > 0 && s.heads % s.kv_heads == 0, "batch %lld, seq %lld, heads %lld/%lld, head_dim %lld",
-                   (long long)s.batch, (long long)s.seq, (long long)s.heads, (long long)s.kv_heads, (long long)s.head_dim);
+    CHECK_INTERNAL(s.batch > 0 && s.seq > 0 && s.head_dim > 0 && s.kv_heads > 0 && s.heads % s.kv_heads == 0,
+                   "batch %lld, seq %lld, heads %lld/%lld, head_dim %lld", (long long)s.batch, (long long)s.seq, (long long)s.heads, (long long)s.kv_heads, (long long)s.head_dim);
     CHECK_INTERNAL(qkv_like.rows == s.batch * s.seq && qkv_like.cols == s.qkv_cols(), "%lld x %lld", (long long)qkv_like.rows, (long long)qkv_like.cols);
     CHECK_INTERNAL(o_like.rows == s.batch * s.seq && o_like.cols == s.heads * s.head_dim, "%lld x %lld", (long long)o_like.rows, (long long)o_like.cols);
     CHECK_INTERNAL(lse.dtype == DType::f32 && lse.numel() == s.batch * s.heads * s.seq && lse.contiguous(), "%lld elements", (long long)lse.numel());
@@ -195,11 +227,11 @@ void attention_backward(Device& device, Tensor dqkv, Tensor d_o, Tensor qkv, Ten
     CHECK_INTERNAL(!rotate || (rope.dtype == DType::f32 && rope.rows >= shape.seq && rope.cols == shape.head_dim && shape.head_dim % 2 == 0),
                    "rope table %lld x %lld", (long long)rope.rows, (long long)rope.cols);
     ScratchScope scratch(device);
-    Tensor row_sums = scratch.tensor("attention row sums", DType::f32, 1, shape.batch * shape.heads * shape.seq);
+    const BackwardScratch sums(scratch, device.is_cuda(), shape);
     OperationTimer timer(device, "attention_backward", 2.5 * forward_flops(shape), double(2 * qkv.bytes() + 2 * o.bytes() + lse.bytes()));
     auto on_cpu = [&] {
-        backward_cpu(dqkv, d_o, qkv, o, lse, row_sums, shape);
+        backward_cpu(dqkv, d_o, qkv, o, lse, sums.row_sums, shape);
         if (rotate) rope_inplace(device, dqkv, rope, shape.seq, shape.heads, shape.kv_heads, shape.head_dim, true);
     };
-    ON_DEVICE(device, backward_cuda(device, dqkv, d_o, qkv, o, lse, row_sums, shape, rope), on_cpu());
+    ON_DEVICE(device, backward_cuda(device, dqkv, d_o, qkv, o, lse, sums, shape, rope), on_cpu());
 }

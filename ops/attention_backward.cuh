@@ -1,29 +1,33 @@
-// Attention backward on the GPU, without atomics: D = rowsum(dO∘O) first; then one kernel with a block per key tile for dK and dV
-// (looping over the queries that see it) and one with a block per query tile for dQ (looping over the keys it sees). The scores
-// are computed twice, seven products instead of five, which buys a fixed order of every sum.
-//   P = exp(scale·Q·Kᵀ − LSE),  dV = Pᵀ·dO,  dP = dO·Vᵀ,  dS = P∘(dP − D),  dK = scale·dSᵀ·Q,  dQ = scale·dS·K
+// Attention backward on the GPU: five products per tile of scores, and no float atomics. A block owns 128 keys of one head: their dK and
+// dV are its registers, the queries that see them pass by in tiles. dQ is a sum over blocks: each adds its part to an fp32 partial sum in
+// scratch memory when its turn comes, from a query's own (diagonal) key tile down to tile 0, which stores the finished dQ. A counter per
+// 128 queries says whose turn it is. So every sum has one order, whatever the GPU. Blocks are numbered so that one waits only for blocks
+// that started before it; and as each walks from its diagonal outwards, its turn has mostly come when it gets there.
+//   P = exp(scale·Q·Kᵀ − LSE),  dV = Pᵀ·dO,  dP = dO·Vᵀ,  dS = P∘(dP − D),  dK = scale·dSᵀ·Q,  dQ = scale·dS·K,  D = rowsum(dO∘O)
 #pragma once
 #include "ops/attention_tile.cuh"
 
 namespace attention {
 
-constexpr int kChunk = 32;  // columns of P and dS that a warp holds at a time
-
 struct BackwardArgs {
     bf16* dqkv;
-    int64_t ld_dqkv;
+    int ld_dqkv;
     const bf16* d_o;
-    int64_t ld_d_o;
+    int ld_d_o;
     const bf16* qkv;
-    int64_t ld_qkv;
+    int ld_qkv;
     const bf16* o;
-    int64_t ld_o;
+    int ld_o;
     const float* lse;
     float* row_sums;  // D, indexed like lse
+    float* partial_dq;
+    unsigned *turns, *started;  // counters, zero to begin with: whose turn it is, how many blocks have started
+    int slots;                  // key heads that partial_dq has room for
     int batch, seq, heads, kv_heads;
+    int group;  // heads / kv_heads
     float scale;
     const float* rope;  // null: dq and dk are stored as they are
-    int64_t ld_rope;
+    int ld_rope;
 };
 
 // Grid (x, batch); D/8 lanes per (token, head), 16 bytes each.
@@ -46,248 +50,340 @@ template <int D> __global__ void row_sums_kernel(BackwardArgs args) {
     if (lane == 0) args.row_sums[(int64_t(blockIdx.y) * args.heads + head) * args.seq + token] = sum;
 }
 
-// The A operands of a warp's 16 rows of one tile: in registers for the whole kernel when D is 64, read again at each use when
-// D is 128, where the accumulators need the registers.
-template <int D> class OwnRows {
-    static constexpr bool kResident = D == 64;
-    uint32_t a_[kResident ? D / 16 : 1][4];
+// The shape of a block. Its warps own 16·kRowBlocks keys each; dK and dV take 128 registers of a thread.
+template <int D> struct BackwardTile {
+    static constexpr int kKeys = 128, kQueries = 4096 / D, kWarps = D / 16, kThreads = 32 * kWarps, kRowBlocks = 128 / D;
+    static constexpr int kChunk = D / 4;  // queries whose P and dS a warp holds at a time
+
+    struct Stage {
+        bf16 q[kQueries * D], d_o[kQueries * D];
+        float lse[kQueries], row_sums[kQueries];
+    };
+    bf16 k[kKeys * D];
+    Stage stages[2];
+    bf16 ds[2][kKeys * kQueries];  // dSᵀ, of this step and the last
+    int number;                    // of the block
+
+    // v is needed only until it is in registers, before the second stage and ds are.
+    __device__ bf16* v() { return stages[1].q; }
+    static_assert(sizeof(Stage) + sizeof ds >= sizeof k, "room for v");
+};
+
+// What a block works on: one key tile of one key head.
+struct KeyTile {
+    int batch, kv_head, slot, tile, epoch;  // epoch: how many heads used the slot of partial_dq before
+};
+
+__device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
+    unsigned x;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+__device__ __forceinline__ float2 load_shared(uint32_t address) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];\n" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t x) {
+    asm volatile("st.shared.u32 [%0], %1;\n" ::"r"(address), "r"(x) : "memory");
+}
+__device__ __forceinline__ void store_release(unsigned* p, unsigned x) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;\n" ::"l"(p), "r"(x) : "memory");
+}
+
+// One warp's share of a query tile's dQ: 16·kRowBlocks rows by 32 columns, 16 in each half of the head, so that the pairs which the
+// rotary embedding turns are in one lane. All blocks cut the tile alike: a warp continues what the same warp of another block began.
+// Turns are per warp and 128 queries.
+template <int D> class PartialDq {
+    using Tile = BackwardTile<D>;
+    static constexpr int kRowBlocks = Tile::kRowBlocks, kColumnGroups = D / 32;
+
+    const BackwardArgs& args_;
+    const KeyTile& key_;
+    const Lane& at_;
+    const int row0_, col0_;
+    const uint32_t ds_offset_, k_at_;
+    int head_;        // within the group
+    float* memory_;   // of the head's first query tile
+    unsigned* turns_;
+    float sum_[kRowBlocks][4][4];
+
+    __device__ __forceinline__ unsigned my_turn(int diagonal) const { return key_.epoch * (diagonal + 1) + diagonal - key_.tile; }
 
   public:
-    __device__ __forceinline__ void load(const bf16* tile, const Lane& at) {
-        if (kResident)
-#pragma unroll
-            for (int kk = 0; kk < D / 16; ++kk) load_a<D>(a_[kResident ? kk : 0], tile, 16 * at.warp, 16 * kk, at.lane);
+    __device__ __forceinline__ PartialDq(const BackwardArgs& args, const KeyTile& key, const Lane& at, uint32_t k)
+        : args_(args), key_(key), at_(at), row0_(at.warp / kColumnGroups * 16 * kRowBlocks), col0_(at.warp % kColumnGroups * 16),
+          ds_offset_(keep(by_rows<Tile::kQueries>(at.lane) ^ column(row0_))), k_at_(keep(k + (by_columns<D>(at.lane) ^ column(col0_)))) {}
+    __device__ __forceinline__ void set_head(int head) {
+        head_ = head;
+        const int64_t index = key_.slot * args_.group + head;
+        memory_ = args_.partial_dq + index * tiles_of(args_.seq, Tile::kQueries) * (Tile::kQueries * D) + at_.warp * (kRowBlocks * 16 * 32) + at_.lane * 4;
+        turns_ = args_.turns + index * tiles_of(args_.seq, Tile::kKeys) * Tile::kWarps + at_.warp;
     }
-    __device__ __forceinline__ const uint32_t (&columns(const bf16* tile, int kk, const Lane& at))[4] {
-        if (!kResident) load_a<D>(a_[0], tile, 16 * at.warp, 16 * kk, at.lane);
-        return a_[kResident ? kk : 0];
-    }
-};
-
-// x = A·Xᵀ and y = B·Yᵀ for the warp's 16 rows of A and B and rows row0 .. row0+31 of X and Y.
-template <int D>
-__device__ __forceinline__ void two_products(float (&x)[kChunk / 8][4], float (&y)[kChunk / 8][4], OwnRows<D>& a, const bf16* a_tile,
-                                             OwnRows<D>& b, const bf16* b_tile, const bf16* x_tile, const bf16* y_tile, int row0,
-                                             const Lane& at) {
-#pragma unroll
-    for (int kk = 0; kk < D / 16; ++kk) {
-        const uint32_t(&a_now)[4] = a.columns(a_tile, kk, at);
-        const uint32_t(&b_now)[4] = b.columns(b_tile, kk, at);
-#pragma unroll
-        for (int n = 0; n < kChunk / 16; ++n) {
-            uint32_t r[4];
-            load_b_rows<D>(r, x_tile, row0 + 16 * n, 16 * kk, at.lane);
-            mma_pair(&x[2 * n], a_now, r);
-            load_b_rows<D>(r, y_tile, row0 + 16 * n, 16 * kk, at.lane);
-            mma_pair(&y[2 * n], b_now, r);
+    // Waits for this key tile's turn at query tile `tile` and fetches the sum so far.
+    __device__ __forceinline__ void begin(int tile) {
+        const int diagonal = tile * Tile::kQueries / Tile::kKeys;
+        if (tile * Tile::kQueries % Tile::kKeys == 0) {
+            while (load_acquire(turns_ + diagonal * Tile::kWarps) != my_turn(diagonal)) {}
         }
-    }
-}
-
-// sum (16×D) += a (16×16) · rows row0 .. row0+15 of tile.
-template <int D>
-__device__ __forceinline__ void accumulate(float (&sum)[D / 8][4], const uint32_t (&a)[4], const bf16* tile, int row0, const Lane& at) {
+        const float* from = memory_ + int64_t(tile) * (Tile::kQueries * D);
 #pragma unroll
-    for (int n = 0; n < D / 16; ++n) {
-        uint32_t b[4];
-        load_b_cols<D>(b, tile, row0, 16 * n, at.lane);
-        mma_pair(&sum[2 * n], a, b);
-    }
-}
-
-// ---- dK, dV ----------------------------------------------------------------------------------------------------------------
-
-// Shared memory of the key-tile kernel: k and v of the block, and two stages of what belongs to 64 queries.
-template <int D> struct KeyTileShared {
-    struct Stage {
-        bf16 q[kTile * D], d_o[kTile * D];
-        float lse[kTile], row_sums[kTile];
-    };
-    bf16 k[kTile * D], v[kTile * D];
-    Stage stages[2];
-};
-
-// Adds the contribution of one query tile. Everything is transposed: the warp's rows are keys, the columns queries, so Pᵀ and dSᵀ
-// come out of the first products as A operands of the second ones.
-template <int D, bool Diagonal>
-__device__ __forceinline__ void key_tile_step(float (&dk)[D / 8][4], float (&dv)[D / 8][4], OwnRows<D>& k, OwnRows<D>& v,
-                                              const KeyTileShared<D>& shared, const typename KeyTileShared<D>::Stage& now,
-                                              float scale_log2, const Lane& at) {
-#pragma unroll(D == 64 ? 2 : 1)  // D 128 has no registers left for overlapping the two halves
-    for (int query0 = 0; query0 < kTile; query0 += kChunk) {
-        if (Diagonal && query0 + kChunk <= 16 * at.warp) continue;  // these queries come before all of the warp's keys
-        float p[kChunk / 8][4] = {}, ds[kChunk / 8][4] = {};        // scores and dP to begin with
-        two_products<D>(p, ds, k, shared.k, v, shared.v, now.q, now.d_o, query0, at);
+        for (int r = 0; r < kRowBlocks; ++r)
 #pragma unroll
-        for (int n = 0; n < kChunk / 8; ++n) {
-            const int query = query0 + 8 * n + 2 * at.t;
-            const float2 lse = *reinterpret_cast<const float2*>(now.lse + query);
-            const float2 sum = *reinterpret_cast<const float2*>(now.row_sums + query);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const float lse_log2 = ((e & 1) ? lse.y : lse.x) * kLog2e;
-                p[n][e] = exp2_approx(fmaf(p[n][e], scale_log2, -lse_log2));
-                if (Diagonal && query + (e & 1) < 16 * at.warp + at.g + 8 * (e >> 1)) p[n][e] = 0;
-                ds[n][e] = p[n][e] * (ds[n][e] - ((e & 1) ? sum.y : sum.x));
+            for (int n = 0; n < 4; ++n) {
+                float4 x = {0, 0, 0, 0};
+                if (key_.tile != diagonal) x = __ldcg(reinterpret_cast<const float4*>(from + (r * 4 + n) * 128));
+                sum_[r][n][0] = x.x, sum_[r][n][1] = x.y, sum_[r][n][2] = x.z, sum_[r][n][3] = x.w;
             }
+    }
+    // += dS·K. ds: address of dSᵀ of the block's keys and the tile's queries.
+    __device__ __forceinline__ void add(int tile, uint32_t ds) {
+        const int keys = min(Tile::kKeys, tile * Tile::kQueries + row0_ + 16 * kRowBlocks - key_.tile * Tile::kKeys);  // that the rows see
+        uint32_t a_at = ds + ds_offset_, b_at = k_at_;
+#pragma unroll 4
+        for (int kk = 0; kk < keys / 16; ++kk) {
+            uint32_t a[kRowBlocks][4], b[2][4];
+#pragma unroll
+            for (int r = 0; r < kRowBlocks; ++r) ldmatrix_transposed(a[r], a_at ^ column(16 * r));
+#pragma unroll
+            for (int half = 0; half < 2; ++half) ldmatrix_transposed(b[half], b_at ^ column(half * (D / 2)));
+#pragma unroll
+            for (int r = 0; r < kRowBlocks; ++r)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) mma_pair(&sum_[r][2 * half], a[r], b[half]);
+            a_at += row<Tile::kQueries>(16), b_at += row<D>(16);
+        }
+    }
+    // Leaves the sum to the next key tile, or stores the finished rows.
+    __device__ __forceinline__ void end(int tile) {
+        if (key_.tile > 0) {
+            float* to = memory_ + int64_t(tile) * (Tile::kQueries * D);
+#pragma unroll
+            for (int r = 0; r < kRowBlocks; ++r)
+#pragma unroll
+                for (int n = 0; n < 4; ++n)
+                    __stcg(reinterpret_cast<float4*>(to + (r * 4 + n) * 128),
+                           make_float4(sum_[r][n][0], sum_[r][n][1], sum_[r][n][2], sum_[r][n][3]));
+        } else {
+            bf16* out = args_.dqkv + int64_t(key_.batch) * args_.seq * args_.ld_dqkv + (key_.kv_head * args_.group + head_) * D + col0_;
+#pragma unroll
+            for (int r = 0; r < kRowBlocks; ++r)
+                store_gradient<2>(sum_[r], args_.scale, args_.rope ? args_.rope + col0_ : nullptr, args_.ld_rope, out, args_.ld_dqkv, D / 2,
+                                  tile * Tile::kQueries + row0_ + 16 * r, args_.seq, at_);
+        }
+    }
+    // After the last query tile of 128 queries: their turn goes to the next key tile.
+    __device__ __forceinline__ void pass_turn(int tile) {
+        const int end = (tile + 1) * Tile::kQueries, diagonal = tile * Tile::kQueries / Tile::kKeys;
+        if (end % Tile::kKeys != 0 && end < args_.seq) return;
+        __syncwarp();
+        if (at_.lane == 0) store_release(turns_ + diagonal * Tile::kWarps, my_turn(diagonal) + 1);
+    }
+};
+
+// A warp's keys: their dK and dV, and where its lanes find things. V's A operands stay in registers; K's are read again at each use.
+template <int D> struct KeyWarp {
+    static constexpr int kRowBlocks = BackwardTile<D>::kRowBlocks;
+    float dk[kRowBlocks][D / 8][4] = {}, dv[kRowBlocks][D / 8][4] = {};
+    uint32_t v[kRowBlocks][D / 16][4];
+    int key0;                      // the warp's first key in the tile
+    uint32_t by_rows, by_columns;  // offsets within a tile of queries
+    uint32_t k_at;                 // address of the warp's keys
+    uint32_t ds_offset, t_offset;  // of the warp's part of dSᵀ; of the lane's queries in LSE and D
+
+    __device__ __forceinline__ KeyWarp(const Lane& at, uint32_t k) {
+        key0 = int(keep(16 * kRowBlocks * at.warp));
+        by_rows = keep(attention::by_rows<D>(at.lane)), by_columns = keep(attention::by_columns<D>(at.lane));
+        k_at = keep(k + by_columns + row<D>(key0));
+        ds_offset = keep(by_pairs<BackwardTile<D>::kQueries>(at) + row<BackwardTile<D>::kQueries>(key0)), t_offset = keep(8 * at.t);
+    }
+};
+
+// Adds the contribution of one query tile to dK and dV and leaves dSᵀ in `ds`. Everything is transposed: the warp's rows are keys, the
+// columns queries, so Pᵀ and dSᵀ come out of the first products as A operands of the second ones. stage, ds: addresses. query0: the
+// tile's first query, counted from the key tile's first key.
+template <int D, bool Diagonal>
+__device__ __forceinline__ void key_tile_step(KeyWarp<D>& warp, uint32_t stage, uint32_t ds, int query0, float scale_log2, const Lane& at) {
+    constexpr int kRowBlocks = BackwardTile<D>::kRowBlocks, kQueries = BackwardTile<D>::kQueries;
+    constexpr int kChunk = BackwardTile<D>::kChunk, kBlocks = kChunk / 16;
+    constexpr uint32_t kDo = kQueries * D * 2, kLse = 2 * kDo, kRowSums = kLse + kQueries * 4;
+#pragma unroll 1
+    for (int chunk = 0; chunk < kQueries; chunk += kChunk) {
+        if (Diagonal && query0 + chunk + kChunk - 1 < warp.key0) continue;  // these queries come before all of the warp's keys
+        const uint32_t rows_at = stage + warp.by_rows + row<D>(chunk), columns_at = stage + warp.by_columns + row<D>(chunk);
+        float p[kRowBlocks][2 * kBlocks][4] = {}, dp[kRowBlocks][2 * kBlocks][4] = {};
+        uint32_t q[2][kBlocks][4], d_o[2][kBlocks][4], a[2][kRowBlocks][4];  // operands are loaded one step ahead of their products
+        auto load = [&](int kk) {
+#pragma unroll
+            for (int n = 0; n < kBlocks; ++n) ldmatrix(q[kk & 1][n], (rows_at ^ column(16 * kk)) + row<D>(16 * n));
+#pragma unroll
+            for (int r = 0; r < kRowBlocks; ++r) ldmatrix(a[kk & 1][r], (warp.k_at ^ column(16 * kk)) + row<D>(16 * r));
+#pragma unroll
+            for (int n = 0; n < kBlocks; ++n) ldmatrix(d_o[kk & 1][n], (rows_at ^ column(16 * kk)) + kDo + row<D>(16 * n));
+        };
+        load(0);
+#pragma unroll
+        for (int kk = 0; kk < D / 16; ++kk) {
+            if (kk + 1 < D / 16) load(kk + 1);
+#pragma unroll
+            for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+                for (int r = 0; r < kRowBlocks; ++r) mma_pair(&p[r][2 * n], a[kk & 1][r], q[kk & 1][n]);
+#pragma unroll
+            for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+                for (int r = 0; r < kRowBlocks; ++r) mma_pair(&dp[r][2 * n], warp.v[r][kk], d_o[kk & 1][n]);
+        }
+        if (Diagonal) {
+#pragma unroll
+            for (int r = 0; r < kRowBlocks; ++r)
+#pragma unroll
+                for (int n = 0; n < 2 * kBlocks; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        if (query0 + chunk + 8 * n + 2 * at.t + (e & 1) < warp.key0 + 16 * r + at.g + 8 * (e >> 1)) p[r][n][e] = -INFINITY;
         }
 #pragma unroll
-        for (int n = 0; n < kChunk / 16; ++n) {
-            uint32_t a[4];
-            accumulators_to_a(a, &p[2 * n]);
-            accumulate<D>(dv, a, now.d_o, query0 + 16 * n, at);
-            accumulators_to_a(a, &ds[2 * n]);
-            accumulate<D>(dk, a, now.q, query0 + 16 * n, at);
+        for (int n = 0; n < 2 * kBlocks; ++n) {
+            const uint32_t query = stage + (chunk + 8 * n) * 4 + warp.t_offset;
+            const float2 lse = load_shared(query + kLse), sum = load_shared(query + kRowSums);
+#pragma unroll
+            for (int r = 0; r < kRowBlocks; ++r)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    p[r][n][e] = exp2_approx(fmaf(p[r][n][e], scale_log2, -kLog2e * ((e & 1) ? lse.y : lse.x)));
+                    dp[r][n][e] = p[r][n][e] * (dp[r][n][e] - ((e & 1) ? sum.y : sum.x));
+                }
         }
+        uint32_t p_a[kRowBlocks][kBlocks][4], ds_a[kRowBlocks][kBlocks][4];
+#pragma unroll
+        for (int r = 0; r < kRowBlocks; ++r)
+#pragma unroll
+            for (int n = 0; n < kBlocks; ++n) {
+                accumulators_to_a(p_a[r][n], &p[r][2 * n]);
+                accumulators_to_a(ds_a[r][n], &dp[r][2 * n]);
+#pragma unroll
+                for (int i = 0; i < 4; ++i)  // i: rows g and g+8, then the same of the next eight queries
+                    store_shared(((ds + warp.ds_offset) ^ column(chunk + 16 * n + 8 * (i >> 1))) + row<kQueries>(16 * r + 8 * (i & 1)),
+                                 ds_a[r][n][i]);
+            }
+        uint32_t b[2][2][4];  // of dO and Q
+        auto load_columns = [&](int block, int n) {
+            const uint32_t from = (columns_at ^ column(16 * n)) + row<D>(16 * block);
+            ldmatrix_transposed(b[n & 1][0], from + kDo);
+            ldmatrix_transposed(b[n & 1][1], from);
+        };
+        load_columns(0, 0);
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block)
+#pragma unroll
+            for (int n = 0; n < D / 16; ++n) {
+                if (n + 1 < D / 16) load_columns(block, n + 1);
+                else if (block + 1 < kBlocks) load_columns(block + 1, 0);
+#pragma unroll
+                for (int r = 0; r < kRowBlocks; ++r) mma_pair(&warp.dv[r][2 * n], p_a[r][block], b[n & 1][0]);
+#pragma unroll
+                for (int r = 0; r < kRowBlocks; ++r) mma_pair(&warp.dk[r][2 * n], ds_a[r][block], b[n & 1][1]);
+            }
     }
 }
 
-// Grid (key tiles, kv heads, batch). The loop runs over the query heads of the group and, for each, the query tiles from the
-// diagonal on. Rows past the sequence are zero in q, dO, LSE and D, so they add nothing.
-template <int D> __global__ void __launch_bounds__(kThreads, D == 64 ? 3 : 2) key_tile_kernel(BackwardArgs args) {
-    extern __shared__ __align__(128) unsigned char shared_bytes[];
-    auto& shared = *reinterpret_cast<KeyTileShared<D>*>(shared_bytes);
-
+// Rows past the sequence are zero in q, dO, LSE and D, so they add nothing.
+template <int D> __device__ __forceinline__ void do_key_tile(const BackwardArgs& args, BackwardTile<D>& shared, const KeyTile& key) {
+    using Tile = BackwardTile<D>;
+    constexpr int kRowBlocks = Tile::kRowBlocks, kQueries = Tile::kQueries, kThreads = Tile::kThreads;
     const Lane at;
-    const int key_tile = blockIdx.x, kv_head = blockIdx.y, row0 = key_tile * kTile, group = args.heads / args.kv_heads;
-    const int64_t first_row = int64_t(blockIdx.z) * args.seq;
-    const int64_t k_column = int64_t(args.heads + kv_head) * D, v_column = k_column + int64_t(args.kv_heads) * D;
+    const int key0 = key.tile * Tile::kKeys, first = key0 / kQueries, tiles = tiles_of(args.seq, kQueries);
+    const int64_t first_row = int64_t(key.batch) * args.seq;
+    const int k_column = (args.heads + key.kv_head) * D, v_column = k_column + args.kv_heads * D;
     const bf16* rows = args.qkv + first_row * args.ld_qkv;
+    const uint32_t k = shared_address(shared.k), stage0 = shared_address(&shared.stages[0]), ds0 = shared_address(shared.ds);
+    load_tile<D, Tile::kKeys, kThreads>(shared.k, {rows + k_column, args.ld_qkv}, key0, args.seq);
+    load_tile<D, Tile::kKeys, kThreads>(shared.v(), {rows + v_column, args.ld_qkv}, key0, args.seq);
 
-    const int tiles = gridDim.x - key_tile, steps = group * tiles;
-    auto start_load = [&](int step) {
-        auto& stage = shared.stages[step & 1];
-        const int head = kv_head * group + step / tiles, query0 = (key_tile + step % tiles) * kTile;
-        load_tile<D>(stage.q, {rows + head * D, args.ld_qkv}, query0, args.seq);
-        load_tile<D>(stage.d_o, {args.d_o + first_row * args.ld_d_o + head * D, args.ld_d_o}, query0, args.seq);
-        // Threads 0..63 fetch LSE, 64..127 D, one query each.
-        const int i = threadIdx.x % kTile;
-        const bool is_lse = threadIdx.x < kTile;
-        const float* from = (is_lse ? args.lse : args.row_sums) + (int64_t(blockIdx.z) * args.heads + head) * args.seq;
-        const bool inside = query0 + i < args.seq;
-        copy4_async((is_lse ? stage.lse : stage.row_sums) + i, inside ? from + query0 + i : from, inside);
-    };
-    load_tile<D>(shared.k, {rows + k_column, args.ld_qkv}, row0, args.seq);
-    load_tile<D>(shared.v, {rows + v_column, args.ld_qkv}, row0, args.seq);
-    start_load(0);
-    commit_copies();
-
-    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
-    OwnRows<D> k, v;
+    KeyWarp<D> warp(at, k);
+    PartialDq<D> dq(args, key, at, k);
     const float scale_log2 = args.scale * kLog2e;
-    for (int step = 0; step < steps; ++step) {
-        if (step + 1 < steps) start_load(step + 1);
-        commit_copies();
-        wait_copies<1>();
-        __syncthreads();
-        if (step == 0) k.load(shared.k, at), v.load(shared.v, at);
-        const auto& now = shared.stages[step & 1];
-        if (step % tiles) key_tile_step<D, false>(dk, dv, k, v, shared, now, scale_log2, at);
-        else key_tile_step<D, true>(dk, dv, k, v, shared, now, scale_log2, at);
-        __syncthreads();  // before this stage is overwritten
+    for (int head_of_group = 0; head_of_group < args.group; ++head_of_group) {
+        const int head = key.kv_head * args.group + head_of_group;
+        const Strided q{rows + head * D, args.ld_qkv}, d_o{args.d_o + first_row * args.ld_d_o + head * D, args.ld_d_o};
+        // The first kQueries threads fetch LSE, the next D.
+        const float* row_values = (threadIdx.x < kQueries ? args.lse : args.row_sums) + (int64_t(key.batch) * args.heads + head) * args.seq;
+        auto start_load = [&](int tile) {
+            auto& stage = shared.stages[(tile - first) & 1];
+            load_tile<D, kQueries, kThreads>(stage.q, q, tile * kQueries, args.seq);
+            load_tile<D, kQueries, kThreads>(stage.d_o, d_o, tile * kQueries, args.seq);
+            const int i = tile * kQueries + threadIdx.x % kQueries;
+            if (threadIdx.x < 2 * kQueries) copy4_async(stage.lse + threadIdx.x, i < args.seq ? row_values + i : row_values, i < args.seq);
+            commit_copies();
+        };
+        dq.set_head(head_of_group);
+        if (head_of_group > 0) __syncthreads();  // the last head's tiles have been read
+        start_load(first);
+        if (head_of_group == 0) {
+            wait_copies<0>();
+            __syncthreads();
+            const uint32_t v_at = shared_address(shared.v()) + warp.by_columns + row<D>(warp.key0);
+#pragma unroll
+            for (int r = 0; r < kRowBlocks; ++r)
+#pragma unroll
+                for (int kk = 0; kk < D / 16; ++kk) ldmatrix(warp.v[r][kk], (v_at ^ column(16 * kk)) + row<D>(16 * r));
+        }
+        // dQ lags a step behind, when all warps' dS is there. With a head of 128 the sum so far is fetched behind the products of a step;
+        // with 64 no registers are left for that, but a second block on the multiprocessor has work meanwhile.
+        constexpr bool kFetchBehindStep = D == 128;
+        for (int tile = first; tile <= tiles; ++tile) {
+            const uint32_t odd = (tile - first) & 1, stage = stage0 + odd * uint32_t(sizeof(typename Tile::Stage));
+            const uint32_t ds = ds0 + odd * row<kQueries>(Tile::kKeys), last_ds = ds0 + (odd ^ 1) * row<kQueries>(Tile::kKeys);
+            const bool add = tile > first;
+            if (add && !kFetchBehindStep) dq.begin(tile - 1);
+            wait_copies<0>();
+            __syncthreads();
+            if (tile + 1 < tiles) start_load(tile + 1);
+            if (add && !kFetchBehindStep) dq.add(tile - 1, last_ds), dq.end(tile - 1);
+            if (add && kFetchBehindStep) {
+                if (tile > first + 1) dq.pass_turn(tile - 2);
+                dq.begin(tile - 1);
+            }
+            if (tile < tiles) {
+                const int query0 = tile * kQueries - key0;
+                if (query0 >= Tile::kKeys) key_tile_step<D, false>(warp, stage, ds, query0, scale_log2, at);
+                else key_tile_step<D, true>(warp, stage, ds, query0, scale_log2, at);
+            }
+            if (add && kFetchBehindStep) dq.add(tile - 1, last_ds), dq.end(tile - 1);
+            if (add && !kFetchBehindStep) dq.pass_turn(tile - 1);
+        }
+        if (kFetchBehindStep) dq.pass_turn(tiles - 1);
     }
 
     bf16* out = args.dqkv + first_row * args.ld_dqkv;
-    const float one[2] = {1, 1}, scale[2] = {args.rope ? 1 : args.scale, args.rope ? 1 : args.scale};
-    if (args.rope) rotate_back<D>(dk, args.scale, args.rope, args.ld_rope, row0, args.seq, at);
-    store_rows<D>(shared.k, dk, scale, out + k_column, args.ld_dqkv, row0, args.seq, at);
-    store_rows<D>(shared.v, dv, one, out + v_column, args.ld_dqkv, row0, args.seq, at);
-}
-
-// ---- dQ --------------------------------------------------------------------------------------------------------------------
-
-template <int D> struct QueryTileShared {
-    struct Stage {
-        bf16 k[kTile * D], v[kTile * D];
-    };
-    bf16 q[kTile * D], d_o[kTile * D];
-    Stage stages[2];
-};
-
-// Adds the contribution of one key tile to dQ. lse_log2 and row_sums belong to the lane's rows g and g+8.
-template <int D, bool Diagonal>
-__device__ __forceinline__ void query_tile_step(float (&dq)[D / 8][4], OwnRows<D>& q, OwnRows<D>& d_o, const QueryTileShared<D>& shared,
-                                                const typename QueryTileShared<D>::Stage& now, const float (&lse_log2)[2],
-                                                const float (&row_sums)[2], float scale_log2, const Lane& at) {
 #pragma unroll
-    for (int key0 = 0; key0 < kTile; key0 += kChunk) {
-        if (Diagonal && key0 > 16 * at.warp + 15) continue;   // these keys come after all of the warp's queries
-        float p[kChunk / 8][4] = {}, ds[kChunk / 8][4] = {};  // scores and dP to begin with
-        two_products<D>(p, ds, q, shared.q, d_o, shared.d_o, now.k, now.v, key0, at);
-#pragma unroll
-        for (int n = 0; n < kChunk / 8; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                float weight = exp2_approx(fmaf(p[n][e], scale_log2, -lse_log2[e >> 1]));
-                if (Diagonal && key0 + 8 * n + 2 * at.t + (e & 1) > 16 * at.warp + at.g + 8 * (e >> 1)) weight = 0;
-                ds[n][e] = weight * (ds[n][e] - row_sums[e >> 1]);
-            }
-#pragma unroll
-        for (int n = 0; n < kChunk / 16; ++n) {
-            uint32_t a[4];
-            accumulators_to_a(a, &ds[2 * n]);
-            accumulate<D>(dq, a, now.k, key0 + 16 * n, at);
-        }
+    for (int r = 0; r < kRowBlocks; ++r) {
+        const int row = key0 + 16 * (kRowBlocks * at.warp + r);
+        store_gradient<D / 16>(warp.dk[r], args.scale, args.rope, args.ld_rope, out + k_column, args.ld_dqkv, D / 2, row, args.seq, at);
+        store_gradient<D / 16>(warp.dv[r], 1, nullptr, 0, out + v_column, args.ld_dqkv, D / 2, row, args.seq, at);
     }
 }
 
-// Grid (query tiles, heads, batch).
-template <int D> __global__ void __launch_bounds__(kThreads, D == 64 ? 3 : 2) query_tile_kernel(BackwardArgs args) {
-    extern __shared__ __align__(128) unsigned char shared_bytes[];
-    auto& shared = *reinterpret_cast<QueryTileShared<D>*>(shared_bytes);
-
-    const Lane at;
-    const int query_tile = gridDim.x - 1 - blockIdx.x;  // the longest loops first
-    const int head = blockIdx.y, kv_head = head / (args.heads / args.kv_heads), row0 = query_tile * kTile;
-    const int64_t first_row = int64_t(blockIdx.z) * args.seq;
-    const bf16* rows = args.qkv + first_row * args.ld_qkv;
-    const Strided k{rows + (args.heads + kv_head) * D, args.ld_qkv}, v{rows + (args.heads + args.kv_heads + kv_head) * D, args.ld_qkv};
-
-    auto start_load = [&](int tile) {
-        load_tile<D>(shared.stages[tile & 1].k, k, tile * kTile, args.seq);
-        load_tile<D>(shared.stages[tile & 1].v, v, tile * kTile, args.seq);
-    };
-    load_tile<D>(shared.q, {rows + head * D, args.ld_qkv}, row0, args.seq);
-    load_tile<D>(shared.d_o, {args.d_o + first_row * args.ld_d_o + head * D, args.ld_d_o}, row0, args.seq);
-    start_load(0);
-    commit_copies();
-
-    float lse_log2[2], row_sums[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = row0 + 16 * at.warp + at.g + 8 * half;
-        const int64_t i = (int64_t(blockIdx.z) * args.heads + head) * args.seq + row;
-        lse_log2[half] = row < args.seq ? args.lse[i] * kLog2e : 0;
-        row_sums[half] = row < args.seq ? args.row_sums[i] : 0;
-    }
-
-    float dq[D / 8][4] = {};
-    OwnRows<D> q, d_o;
-    const float scale_log2 = args.scale * kLog2e;
-    for (int tile = 0; tile <= query_tile; ++tile) {
-        if (tile < query_tile) start_load(tile + 1);
-        commit_copies();
-        wait_copies<1>();
-        __syncthreads();
-        if (tile == 0) q.load(shared.q, at), d_o.load(shared.d_o, at);
-        const auto& now = shared.stages[tile & 1];
-        if (tile < query_tile) query_tile_step<D, false>(dq, q, d_o, shared, now, lse_log2, row_sums, scale_log2, at);
-        else query_tile_step<D, true>(dq, q, d_o, shared, now, lse_log2, row_sums, scale_log2, at);
-        __syncthreads();  // before this stage is overwritten
-    }
-
-    const float scale[2] = {args.rope ? 1 : args.scale, args.rope ? 1 : args.scale};
-    if (args.rope) rotate_back<D>(dq, args.scale, args.rope, args.ld_rope, row0, args.seq, at);
-    store_rows<D>(shared.q, dq, scale, args.dqkv + first_row * args.ld_dqkv + head * D, args.ld_dqkv, row0, args.seq, at);
+// One-dimensional grid: the key tiles of every key head, the last tile of each first. Blocks take their numbers as they start.
+template <int D> __global__ void __launch_bounds__(BackwardTile<D>::kThreads, 128 / D) key_tiles_kernel(BackwardArgs args) {
+    extern __shared__ __align__(1024) unsigned char shared_bytes[];
+    auto& shared = *reinterpret_cast<BackwardTile<D>*>(shared_bytes);
+    if (threadIdx.x == 0) shared.number = int(atomicAdd(args.started, 1u));
+    __syncthreads();
+    const int tiles = tiles_of(args.seq, BackwardTile<D>::kKeys), item = shared.number / tiles, tile = tiles - 1 - shared.number % tiles;
+    do_key_tile<D>(args, shared, KeyTile{item / args.kv_heads, item % args.kv_heads, item % args.slots, tile, item / args.slots});
 }
 
 template <int D> void launch_backward(const BackwardArgs& args, cudaStream_t stream) {
+    using Tile = BackwardTile<D>;
     constexpr int kRowSumThreads = 256;
-    const unsigned tiles = unsigned(ceil_div(args.seq, kTile)), lanes = unsigned(args.seq) * args.heads * (D / 8);
-    row_sums_kernel<D><<<dim3(unsigned(ceil_div(lanes, kRowSumThreads)), args.batch), kRowSumThreads, 0, stream>>>(args);
+    const int lanes = args.seq * args.heads * (D / 8);
+    row_sums_kernel<D><<<dim3(tiles_of(lanes, kRowSumThreads), args.batch), kRowSumThreads, 0, stream>>>(args);
     LAUNCH_CHECK();
-    launch(key_tile_kernel<D>, dim3(tiles, args.kv_heads, args.batch), int(sizeof(KeyTileShared<D>)), stream, args);
-    launch(query_tile_kernel<D>, dim3(tiles, args.heads, args.batch), int(sizeof(QueryTileShared<D>)), stream, args);
+    allow_shared(key_tiles_kernel<D>, sizeof(Tile));
+    key_tiles_kernel<D><<<tiles_of(args.seq, Tile::kKeys) * args.batch * args.kv_heads, Tile::kThreads, sizeof(Tile), stream>>>(args);
+    LAUNCH_CHECK();
 }
 
 }  // namespace attention

@@ -1,4 +1,5 @@
-// Attention forward on the GPU: one block per 64 queries of one head, looping over the key tiles up to its diagonal.
+// Attention forward on the GPU: a block of four warps per tile of queries of one head, looping over the key tiles up to its diagonal. A
+// warp has 32 (or 16) queries, so that what it reads of a key tile serves twice as many products.
 #pragma once
 #include "ops/attention_tile.cuh"
 
@@ -6,137 +7,181 @@ namespace attention {
 
 struct ForwardArgs {
     const bf16* qkv;
-    int64_t ld_qkv;
+    int ld_qkv;
     bf16* o;
-    int64_t ld_o;
+    int ld_o;
     float* lse;
     int seq, heads, kv_heads;
     float scale;
 };
 
-// The running softmax of a warp's 16 rows; each lane holds its share of rows g and g+8.
-template <int D> struct OnlineSoftmax {
-    float o[D / 8][4] = {};
-    float max[2] = {-INFINITY, -INFINITY};  // of scale·log2(e)·score, so that 2^(… − max) is the weight
-    float sum[2] = {0, 0};                  // this lane's columns only; summed over the four lanes of a row at the end
+// RowBlocks: of 16 queries, per warp.
+template <int D, int RowBlocks> struct ForwardTile {
+    static constexpr int kKeys = 64, kWarps = 4, kThreads = 32 * kWarps, kWarpQueries = 16 * RowBlocks, kQueries = kWarps * kWarpQueries;
+    // Whether the A operands of q stay in registers, which a head of 128 has none left for.
+    static constexpr bool kResidentQ = D == 64;
+
+    bf16 q[kQueries * D];
+    struct Stage {
+        bf16 k[kKeys * D], v[kKeys * D];
+    } stages[2];
 };
 
-// Folds one tile of 64 keys into the state. In a diagonal tile key j is hidden from query i < j (positions within the tile).
-template <int D, bool Diagonal>
-__device__ __forceinline__ void forward_step(OnlineSoftmax<D>& state, const uint32_t (&q)[D / 16][4], const bf16* k, const bf16* v,
-                                             float scale_log2, const Lane& at) {
-    float s[kTile / 8][4] = {};
+// The running softmax of a warp's queries; each lane holds its share of rows g and g+8 of every block of 16.
+template <int D, int RowBlocks> struct OnlineSoftmax {
+    float o[RowBlocks][D / 8][4] = {};
+    float max[RowBlocks][2];       // of scale·log2(e)·score, so that 2^(… − max) is the weight
+    float sum[RowBlocks][2] = {};  // this lane's columns only; summed over the four lanes of a row at the end
+};
+
+template <int D, int RowBlocks> using QueryOperands = uint32_t[RowBlocks][ForwardTile<D, RowBlocks>::kResidentQ ? D / 16 : 1][4];
+
+// Folds one tile of keys into the state. diagonal: the warp's first query minus the tile's first key; key j is hidden from query i
+// where j > i + diagonal (positions within the warp and the tile).
+template <int D, int RowBlocks>
+__device__ __forceinline__ void forward_step(OnlineSoftmax<D, RowBlocks>& state, const QueryOperands<D, RowBlocks>& q,
+                                             uint32_t q_at, uint32_t k_at, uint32_t v_at, float scale_log2, int diagonal, const Lane& at) {
+    constexpr int kKeys = ForwardTile<D, RowBlocks>::kKeys;
+    constexpr bool kResidentQ = ForwardTile<D, RowBlocks>::kResidentQ;
+    float s[RowBlocks][kKeys / 8][4] = {};
 #pragma unroll
-    for (int kk = 0; kk < D / 16; ++kk)
+    for (int kk = 0; kk < D / 16; ++kk) {
+        uint32_t a[RowBlocks][4];
 #pragma unroll
-        for (int n = 0; n < kTile / 16; ++n) {
-            if (Diagonal && n > at.warp) continue;
-            uint32_t b[4];
-            load_b_rows<D>(b, k, 16 * n, 16 * kk, at.lane);
-            mma_pair(&s[2 * n], q[kk], b);
+        for (int r = 0; r < RowBlocks; ++r) {
+            if (kResidentQ)
+                for (int i = 0; i < 4; ++i) a[r][i] = q[r][kResidentQ ? kk : 0][i];
+            else
+                ldmatrix(a[r], (q_at ^ column(16 * kk)) + row<D>(16 * r));
         }
-    if (Diagonal) {
 #pragma unroll
-        for (int n = 0; n < kTile / 8; ++n)
+        for (int n = 0; n < kKeys / 16; ++n) {
+            uint32_t b[4];
+            ldmatrix(b, (k_at ^ column(16 * kk)) + row<D>(16 * n));
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
-                if (8 * n + 2 * at.t + (e & 1) > 16 * at.warp + at.g + 8 * (e >> 1)) s[n][e] = -INFINITY;
+            for (int r = 0; r < RowBlocks; ++r) mma_pair(&s[r][2 * n], a[r], b);
+        }
+    }
+    if (diagonal < kKeys - 1) {
+#pragma unroll
+        for (int r = 0; r < RowBlocks; ++r)
+#pragma unroll
+            for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    if (8 * n + 2 * at.t + (e & 1) > diagonal + 16 * r + at.g + 8 * (e >> 1)) s[r][n][e] = -INFINITY;
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        float m = -INFINITY;
+    for (int r = 0; r < RowBlocks; ++r)
 #pragma unroll
-        for (int n = 0; n < kTile / 8; ++n) m = fmaxf(m, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-        m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
-        m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
-        // The first tile holds key 0, which every query sees: the maximum is finite from here on.
-        float max = fmaxf(state.max[half], m * scale_log2), rescale = exp2_approx(state.max[half] - max), sum = 0;
-        state.max[half] = max;
+        for (int half = 0; half < 2; ++half) {
+            float m = -INFINITY;
 #pragma unroll
-        for (int n = 0; n < kTile / 8; ++n)
+            for (int n = 0; n < kKeys / 8; ++n) m = fmaxf(m, fmaxf(s[r][n][2 * half], s[r][n][2 * half + 1]));
+            m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
+            m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+            // The first tile holds key 0, which every query sees: the maximum is finite from here on.
+            float max = fmaxf(state.max[r][half], m * scale_log2), rescale = exp2_approx(state.max[r][half] - max), sum = 0;
+            state.max[r][half] = max;
 #pragma unroll
-            for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                s[n][e] = exp2_approx(fmaf(s[n][e], scale_log2, -max));
-                sum += s[n][e];
-            }
-        state.sum[half] = state.sum[half] * rescale + sum;
+            for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-        for (int n = 0; n < D / 8; ++n) state.o[n][2 * half] *= rescale, state.o[n][2 * half + 1] *= rescale;
-    }
+                for (int e = 2 * half; e < 2 * half + 2; ++e) {
+                    s[r][n][e] = exp2_approx(fmaf(s[r][n][e], scale_log2, -max));
+                    sum += s[r][n][e];
+                }
+            state.sum[r][half] = state.sum[r][half] * rescale + sum;
 #pragma unroll
-    for (int kk = 0; kk < kTile / 16; ++kk) {
-        if (Diagonal && kk > at.warp) continue;
-        uint32_t p[4];
-        accumulators_to_a(p, &s[2 * kk]);
+            for (int n = 0; n < D / 8; ++n) state.o[r][n][2 * half] *= rescale, state.o[r][n][2 * half + 1] *= rescale;
+        }
+#pragma unroll
+    for (int kk = 0; kk < kKeys / 16; ++kk) {
+        uint32_t p[RowBlocks][4];
+#pragma unroll
+        for (int r = 0; r < RowBlocks; ++r) accumulators_to_a(p[r], &s[r][2 * kk]);
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
             uint32_t b[4];
-            load_b_cols<D>(b, v, 16 * kk, 16 * n, at.lane);
-            mma_pair(&state.o[2 * n], p, b);
+            ldmatrix_transposed(b, (v_at ^ column(16 * n)) + row<D>(16 * kk));
+#pragma unroll
+            for (int r = 0; r < RowBlocks; ++r) mma_pair(&state.o[r][2 * n], p[r], b);
         }
     }
 }
 
-template <int D> constexpr int forward_shared_bytes() { return 5 * tile_bytes<D>(); }
-
-// Grid (query tiles, heads, batch). Shared memory: q, then two stages of k and v.
-template <int D> __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) forward_kernel(ForwardArgs args) {
-    extern __shared__ __align__(128) unsigned char shared[];
-    bf16* q_tile = reinterpret_cast<bf16*>(shared);
-    bf16* k_tiles = q_tile + kTile * D;
-    bf16* v_tiles = k_tiles + 2 * kTile * D;
+// Grid (query tiles, heads, batch).
+template <int D, int RowBlocks>
+__global__ void __launch_bounds__(ForwardTile<D, RowBlocks>::kThreads, RowBlocks == 1 ? 4 : 2) forward_kernel(ForwardArgs args) {
+    using Tile = ForwardTile<D, RowBlocks>;
+    extern __shared__ __align__(1024) unsigned char shared_bytes[];
+    auto& shared = *reinterpret_cast<Tile*>(shared_bytes);
 
     const Lane at;
     const int query_tile = gridDim.x - 1 - blockIdx.x;  // the longest loops first
-    const int head = blockIdx.y, kv_head = head / (args.heads / args.kv_heads), row0 = query_tile * kTile;
+    const int head = blockIdx.y, kv_head = head / (args.heads / args.kv_heads), row0 = query_tile * Tile::kQueries;
     const bf16* rows = args.qkv + int64_t(blockIdx.z) * args.seq * args.ld_qkv;
-    const bf16* k = rows + (args.heads + kv_head) * D;
-    const int k_to_v = args.kv_heads * D;
+    const Strided k{rows + (args.heads + kv_head) * D, args.ld_qkv}, v{rows + (args.heads + args.kv_heads + kv_head) * D, args.ld_qkv};
 
     auto start_load = [&](int tile) {
-        load_tile<D>(k_tiles + (tile & 1) * kTile * D, {k, args.ld_qkv}, tile * kTile, args.seq);
-        load_tile<D>(v_tiles + (tile & 1) * kTile * D, {k + k_to_v, args.ld_qkv}, tile * kTile, args.seq);
+        load_tile<D, Tile::kKeys, Tile::kThreads>(shared.stages[tile & 1].k, k, tile * Tile::kKeys, args.seq);
+        load_tile<D, Tile::kKeys, Tile::kThreads>(shared.stages[tile & 1].v, v, tile * Tile::kKeys, args.seq);
     };
-    load_tile<D>(q_tile, {rows + head * D, args.ld_qkv}, row0, args.seq);
+    load_tile<D, Tile::kQueries, Tile::kThreads>(shared.q, {rows + head * D, args.ld_qkv}, row0, args.seq);
     start_load(0);
     commit_copies();
 
-    OnlineSoftmax<D> state;
-    uint32_t q_fragments[D / 16][4];
-    const float scale_log2 = args.scale * kLog2e;
-    for (int tile = 0; tile <= query_tile; ++tile) {
-        if (tile < query_tile) start_load(tile + 1);
-        commit_copies();
-        wait_copies<1>();
-        __syncthreads();
-        if (tile == 0) {
+    const uint32_t stage0 = shared_address(&shared.stages[0]), k_offset = keep(by_rows<D>(at.lane));
+    const uint32_t v_offset = keep(row<D>(Tile::kKeys) + by_columns<D>(at.lane));
+    const uint32_t q_at = keep(shared_address(shared.q) + by_columns<D>(at.lane) + row<D>(at.warp * Tile::kWarpQueries));
+    OnlineSoftmax<D, RowBlocks> state;
 #pragma unroll
-            for (int kk = 0; kk < D / 16; ++kk) load_a<D>(q_fragments[kk], q_tile, 16 * at.warp, 16 * kk, at.lane);
+    for (int r = 0; r < RowBlocks; ++r) state.max[r][0] = state.max[r][1] = -INFINITY;
+    QueryOperands<D, RowBlocks> q;
+    const float scale_log2 = args.scale * kLog2e;
+    const int first_query = row0 + at.warp * Tile::kWarpQueries;
+    const int tiles = (min(row0 + Tile::kQueries, args.seq) - 1) / Tile::kKeys + 1;
+    for (int tile = 0; tile < tiles; ++tile) {
+        wait_copies<0>();
+        __syncthreads();  // this stage has arrived, and nobody reads the other one any more
+        if (tile + 1 < tiles) start_load(tile + 1);
+        commit_copies();
+        if (Tile::kResidentQ && tile == 0) {
+#pragma unroll
+            for (int r = 0; r < RowBlocks; ++r)
+#pragma unroll
+                for (int kk = 0; kk < D / 16; ++kk) ldmatrix(q[r][Tile::kResidentQ ? kk : 0], (q_at ^ column(16 * kk)) + row<D>(16 * r));
         }
-        const bf16 *k_now = k_tiles + (tile & 1) * kTile * D, *v_now = v_tiles + (tile & 1) * kTile * D;
-        if (tile < query_tile) forward_step<D, false>(state, q_fragments, k_now, v_now, scale_log2, at);
-        else forward_step<D, true>(state, q_fragments, k_now, v_now, scale_log2, at);
-        __syncthreads();  // before this stage is overwritten
+        if (tile * Tile::kKeys >= first_query + Tile::kWarpQueries) continue;  // every key comes after the warp's queries
+        const uint32_t stage = stage0 + (tile & 1) * uint32_t(sizeof(typename Tile::Stage));
+        forward_step<D, RowBlocks>(state, q, q_at, stage + k_offset, stage + v_offset, scale_log2, first_query - tile * Tile::kKeys, at);
     }
 
-    float inverse[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        float sum = state.sum[half];
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        inverse[half] = 1.0f / sum;
-        int row = row0 + 16 * at.warp + at.g + 8 * half;
-        if (at.t == 0 && row < args.seq)
-            args.lse[(int64_t(blockIdx.z) * args.heads + head) * args.seq + row] = state.max[half] * kLn2 + logf(sum);
-    }
     bf16* o = args.o + int64_t(blockIdx.z) * args.seq * args.ld_o + head * D;
-    store_rows<D>(q_tile, state.o, inverse, o, args.ld_o, row0, args.seq, at);
+#pragma unroll
+    for (int r = 0; r < RowBlocks; ++r)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float sum = state.sum[r][half];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            const float inverse = 1.0f / sum;
+            const int row = first_query + 16 * r + at.g + 8 * half;
+            const bool inside = row < args.seq;
+            if (at.t == 0 && inside)
+                args.lse[(int64_t(blockIdx.z) * args.heads + head) * args.seq + row] = state.max[r][half] * kLn2 + logf(sum);
+#pragma unroll
+            for (int n = 0; n < D / 8; n += 2)
+                store_16_columns(o + int64_t(row) * args.ld_o + 8 * n,
+                                 pack_bf16(state.o[r][n][2 * half] * inverse, state.o[r][n][2 * half + 1] * inverse),
+                                 pack_bf16(state.o[r][n + 1][2 * half] * inverse, state.o[r][n + 1][2 * half + 1] * inverse), inside, at);
+        }
 }
 
-template <int D> void launch_forward(const ForwardArgs& args, int batch, cudaStream_t stream) {
-    dim3 grid(ceil_div(args.seq, kTile), args.heads, batch);
-    launch(forward_kernel<D>, grid, forward_shared_bytes<D>(), stream, args);
+template <int D, int RowBlocks> void launch_forward(const ForwardArgs& args, int batch, cudaStream_t stream) {
+    using Tile = ForwardTile<D, RowBlocks>;
+    allow_shared(forward_kernel<D, RowBlocks>, sizeof(Tile));
+    forward_kernel<D, RowBlocks><<<dim3(tiles_of(args.seq, Tile::kQueries), args.heads, batch), Tile::kThreads, sizeof(Tile), stream>>>(args);
+    LAUNCH_CHECK();
 }
 
 }  // namespace attention

@@ -1,5 +1,4 @@
-// What the attention kernels share: 64-row bf16 tiles in shared memory, and the warp-level matrix instructions on them.
-// A block is four warps; warp w owns rows 16w .. 16w+15 of the block's result, so no warp needs another's accumulators.
+// What the attention kernels share: bf16 tiles in shared memory, and the warp-level matrix instructions on them.
 #pragma once
 #include "ops/rope_rotation.h"
 #include "runtime/bfloat16.h"
@@ -7,10 +6,10 @@
 
 namespace attention {
 
-constexpr int kTile = 64;       // rows of every tile: queries or keys
-constexpr int kThreads = 128;   // four warps of 16 rows
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+
+__host__ __device__ constexpr int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
 
 // One lane's place in the fragments of mma.m16n8k16: rows g and g+8, columns 2t and 2t+1.
 struct Lane {
@@ -18,16 +17,18 @@ struct Lane {
     int g = lane / 4, t = lane % 4;
 };
 
-template <int D> constexpr int tile_bytes() { return kTile * D * int(sizeof(bf16)); }
-
 // Where the q, k, v of one sequence begin, and the stride between rows (all three share the rows of qkv).
 struct Strided {
     const bf16* data;
-    int64_t ld;
+    int ld;
 };
 
-// Offset of 16-byte chunk `chunk` of row `row`. The XOR spreads the eight rows that ldmatrix reads at once over all banks.
-template <int D> __device__ __forceinline__ int swizzled(int row, int chunk) { return row * D + ((chunk ^ (row & 7)) << 3); }
+// Offset of 16-byte chunk `chunk` of row `row` of a tile of C columns. The XOR spreads the eight rows that ldmatrix reads at once over
+// all banks (rows of 32 columns are half a line of banks: two of them share it).
+template <int C> __device__ __forceinline__ int swizzled(int row, int chunk) {
+    static_assert(C == 32 || C % 64 == 0, "columns");
+    return row * C + ((C == 32 ? chunk ^ (row >> 1 & 3) : chunk ^ (row & 7)) << 3);
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
@@ -43,46 +44,50 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 // Waits until at most `Pending` of this thread's most recent groups are unfinished.
 template <int Pending> __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;\n" ::"n"(Pending) : "memory"); }
 
-// Starts copying rows row0 .. row0+63 (zeros from row `rows` on) by D columns into a tile; the whole block takes part.
-template <int D> __device__ __forceinline__ void load_tile(bf16* tile, Strided src, int row0, int rows) {
-    constexpr int kChunks = D / 8, kRowStep = kThreads / kChunks;
-    static_assert(kRowStep % 8 == 0, "a thread's rows share their swizzle");
+// Starts copying Rows rows from row0 on (zeros from row `rows` on) by D columns into a tile; all Threads of the block take part.
+template <int D, int Rows, int Threads> __device__ __forceinline__ void load_tile(bf16* tile, Strided src, int row0, int rows) {
+    constexpr int kChunks = D / 8, kRowStep = Threads / kChunks;
+    static_assert(kRowStep % 8 == 0 && Rows % kRowStep == 0, "a thread's rows share their swizzle");
     const int r = int(threadIdx.x) / kChunks, chunk = int(threadIdx.x) % kChunks;
     bf16* to = tile + swizzled<D>(r, chunk);
     const bf16* from = src.data + int64_t(row0 + r) * src.ld + chunk * 8;
 #pragma unroll
-    for (int i = 0; i < kTile; i += kRowStep) {
+    for (int i = 0; i < Rows; i += kRowStep) {
         bool inside = row0 + r + i < rows;
-        copy16_async(to + i * D, inside ? from + i * src.ld : src.data, inside);
+        copy16_async(to + i * D, inside ? from + int64_t(i) * src.ld : src.data, inside);
     }
 }
 
-// Four 8×8 matrices; the address that lane l gives is row l%8 of matrix l/8.
-__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const bf16* row) {
+// Four 8×8 matrices; the address that lane l gives is row l%8 of matrix l/8. A operands (16 rows × 16 columns) come from ldmatrix at
+// by_columns, or if the tile holds the operand's transpose from ldmatrix_transposed at by_rows. B operands for two n8 blocks: X·tileᵀ, k
+// along the tile's columns, from ldmatrix at by_rows; X·tile, k along its rows, from ldmatrix_transposed at by_columns.
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
-__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], const bf16* row) {
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
-// A operand: 16 rows × 16 columns of the tile at (row0, col0).
-template <int D> __device__ __forceinline__ void load_a(uint32_t (&a)[4], const bf16* tile, int row0, int col0, int lane) {
-    ldmatrix(a, tile + swizzled<D>(row0 + (lane & 15), col0 / 8 + (lane >> 4)));
+// Byte offsets of what a lane hands to ldmatrix and of what it writes, within tiles of C columns. Tiles begin at multiples of 256 bytes,
+// so a column that is a multiple of 8 is reached by an XOR (see swizzled) and a row that is a multiple of 8 by an addition: the loops
+// need no other arithmetic. `keep` hides the values' origin from the compiler, which would compute them anew at each use.
+template <int C> __device__ __forceinline__ uint32_t by_columns(int lane) { return uint32_t(swizzled<C>(lane & 15, lane >> 4)) * 2; }
+template <int C> __device__ __forceinline__ uint32_t by_rows(int lane) {
+    return uint32_t(swizzled<C>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1)) * 2;
 }
-// B operand with k along the tile's columns, n along its rows (X·tileᵀ): two n8 blocks, b[0..1] rows row0.., b[2..3] rows row0+8.. .
-template <int D> __device__ __forceinline__ void load_b_rows(uint32_t (&b)[4], const bf16* tile, int row0, int col0, int lane) {
-    ldmatrix(b, tile + swizzled<D>(row0 + (lane & 7) + ((lane >> 4) << 3), col0 / 8 + ((lane >> 3) & 1)));
+template <int C> __device__ __forceinline__ uint32_t by_pairs(const Lane& at) { return uint32_t(swizzled<C>(at.g, 0) + 2 * at.t) * 2; }
+__device__ __forceinline__ uint32_t keep(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
 }
-// B operand with k along the tile's rows, n along its columns (X·tile): two n8 blocks, b[0..1] columns col0.., b[2..3] columns col0+8.. .
-template <int D> __device__ __forceinline__ void load_b_cols(uint32_t (&b)[4], const bf16* tile, int row0, int col0, int lane) {
-    ldmatrix_transposed(b, tile + swizzled<D>(row0 + (lane & 15), col0 / 8 + (lane >> 4)));
-}
+__host__ __device__ constexpr uint32_t column(int col) { return uint32_t(col) * 2; }                                    // to XOR
+template <int C> __host__ __device__ constexpr uint32_t row(int r) { return uint32_t(r) * C * 2; }  // to add
 
 // c (16×8, fp32) += a (16×16) · b (16×8).
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 // Both n8 blocks of a loaded B operand.
@@ -96,6 +101,9 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     uint32_t r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(r) : "f"(high), "f"(low));
     return r;
+}
+__device__ __forceinline__ void unpack_bf16(uint32_t word, float (&x)[2]) {
+    x[0] = float_of_bits(word << 16), x[1] = float_of_bits(word & 0xffff0000u);
 }
 // Two adjacent 16×8 accumulators are, lane by lane, a 16×16 A operand.
 __device__ __forceinline__ void accumulators_to_a(uint32_t (&a)[4], const float (*c)[4]) {
@@ -111,56 +119,51 @@ __device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; −inf gives 
     return y;
 }
 
-// Writes a warp's 16×D accumulator, rows times scale[0] (g) and scale[1] (g+8), to rows row0+16·warp.. of dst where those are
-// < rows. It passes through the warp's own 16 rows of a tile that only this warp still reads, so that global stores are 16 bytes.
-template <int D>
-__device__ __forceinline__ void store_rows(bf16* tile, const float (&c)[D / 8][4], const float (&scale)[2], bf16* dst, int64_t ld, int row0,
-                                           int rows, const Lane& at) {
-    __syncwarp();
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-            *reinterpret_cast<uint32_t*>(tile + swizzled<D>(16 * at.warp + at.g + 8 * half, n) + 2 * at.t) =
-                pack_bf16(c[n][2 * half] * scale[half], c[n][2 * half + 1] * scale[half]);
-    __syncwarp();
-    constexpr int kChunks = D / 8;
-#pragma unroll
-    for (int i = 0; i < 16 * kChunks / 32; ++i) {
-        int index = i * 32 + at.lane, r = 16 * at.warp + index / kChunks, chunk = index % kChunks;
-        if (row0 + r < rows)
-            *reinterpret_cast<uint4*>(dst + int64_t(row0 + r) * ld + chunk * 8) = *reinterpret_cast<const uint4*>(tile + swizzled<D>(r, chunk));
-    }
+// Stores two adjacent 16×8 blocks of one row: low and high are a lane's two columns of each. After swapping words with its neighbour a
+// lane holds four adjacent columns, and a row's 32 bytes go out in one piece. All lanes take part; `inside`: whether to write.
+__device__ __forceinline__ void store_16_columns(bf16* dst, uint32_t low, uint32_t high, bool inside, const Lane& at) {
+    const bool odd = at.t & 1;
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
+    if (inside) *reinterpret_cast<uint2*>(dst + (odd ? 8 : 0) + (at.t & 2) * 2) = odd ? make_uint2(other, high) : make_uint2(low, other);
 }
 
-// Rotates a warp's 16×D gradient back by the angles of its rows, as the two-step form does: times `scale`, rounded to bf16, turned in
-// fp32. What is stored next rounds once more. table: cos | sin, ld floats per position; rows ≥ `rows` are left alone.
-template <int D>
-__device__ __forceinline__ void rotate_back(float (&c)[D / 8][4], float scale, const float* table, int64_t ld, int row0, int rows, const Lane& at) {
+// Stores 16 rows (row0.. where < rows) of a gradient of which a lane has N blocks of 8 columns from out on and N from half_head columns
+// further: times scale, rounded to bf16, and with a table (cos | sin of out's first column on, half_head apart) turned back by the angles
+// of its rows in fp32 and rounded again, as rope_inplace does.
+template <int N>
+__device__ __forceinline__ void store_gradient(const float (&c)[2 * N][4], float scale, const float* table, int ld_table, bf16* out, int ld,
+                                               int half_head, int row0, int rows, const Lane& at) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int row = row0 + 16 * at.warp + at.g + 8 * half;
-        if (row >= rows) continue;
-        const float* angles = table + row * ld + 2 * at.t;
+        const int row = row0 + at.g + 8 * half;
+        const bool inside = row < rows;
+        bf16* to = out + int64_t(row) * ld;
 #pragma unroll
-        for (int n = 0; n < D / 16; ++n) {
-            const float2 cosine = *reinterpret_cast<const float2*>(angles + 8 * n), sine = *reinterpret_cast<const float2*>(angles + D / 2 + 8 * n);
-            float *first = &c[n][2 * half], *second = &c[n + D / 16][2 * half];
+        for (int n = 0; n < N; n += 2) {
+            uint32_t words[2][2];  // of the first and the second half of the head
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                first[e] = to_float(to_bf16(first[e] * scale)), second[e] = to_float(to_bf16(second[e] * scale));
-                rotate_pair(first[e], second[e], e ? cosine.y : cosine.x, e ? -sine.y : -sine.x);
+            for (int i = 0; i < 2; ++i) {
+#pragma unroll
+                for (int second = 0; second < 2; ++second)
+                    words[second][i] = pack_bf16(c[second * N + n + i][2 * half] * scale, c[second * N + n + i][2 * half + 1] * scale);
+                if (!table || !inside) continue;
+                const float* angles = table + int64_t(row) * ld_table + 8 * (n + i) + 2 * at.t;
+                const float2 cosine = *reinterpret_cast<const float2*>(angles), sine = *reinterpret_cast<const float2*>(angles + half_head);
+                float a[2], b[2];
+                unpack_bf16(words[0][i], a), unpack_bf16(words[1][i], b);
+                rotate_pair(a[0], b[0], cosine.x, -sine.x), rotate_pair(a[1], b[1], cosine.y, -sine.y);
+                words[0][i] = pack_bf16(a[0], a[1]), words[1][i] = pack_bf16(b[0], b[1]);
             }
+#pragma unroll
+            for (int second = 0; second < 2; ++second)
+                store_16_columns(to + second * half_head + 8 * n, words[second][0], words[second][1], inside, at);
         }
     }
 }
 
-// Launches kernel on `stream` with dynamic shared memory above the 48 KB default.
-template <class Kernel, class... Args>
-void launch(Kernel kernel, dim3 grid, int shared_bytes, cudaStream_t stream, Args... args) {
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-    kernel<<<grid, kThreads, shared_bytes, stream>>>(args...);
-    LAUNCH_CHECK();
+// Lets a kernel use so much dynamic shared memory, above the 48 KB default.
+template <class Kernel> void allow_shared(Kernel kernel, int bytes) {
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
 }  // namespace attention

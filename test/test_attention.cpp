@@ -237,6 +237,24 @@ void compare_rotated(Device& device, const AttentionShape& s, uint64_t seed) {
     CHECK((s.seq == 1 || two_steps != straight));
 }
 
+// One sequence many times over, more heads than the backward pass has scratch for at once: every copy gives the bits of the one alone.
+void compare_copies(Device& device, const AttentionShape& s, uint64_t seed) {
+    INFO("seed " << seed << " head_dim " << s.head_dim);
+    std::mt19937_64 rng(seed);
+    AttentionShape alone = s;
+    alone.batch = 1;
+    const auto qkv = random_normal(rng, s.seq * s.qkv_cols()), d_o = random_normal(rng, s.seq * s.heads * s.head_dim);
+    auto copies = [&](const std::vector<float>& x) {
+        std::vector<float> all;
+        for (int64_t b = 0; b < s.batch; ++b) all.insert(all.end(), x.begin(), x.end());
+        return all;
+    };
+    Run one(device, alone, qkv, d_o, 0), many(device, s, copies(qkv), copies(d_o), 0);
+    for (Run* run : {&one, &many}) run->forward(), run->backward();
+    CHECK(many.o.read() == copies(one.o.read()));
+    CHECK(many.d_qkv.read() == copies(one.d_qkv.read()));
+}
+
 }  // namespace
 
 TEST_CASE("the attention reference's gradient is its finite difference", "[attention]") {
@@ -293,6 +311,18 @@ TEST_CASE("attention counts its scratch on a dry device", "[attention]") {
     }
 }
 
+TEST_CASE("attention's scratch beside the row sums is bounded", "[attention]") {
+    for (int64_t head_dim : {64, 128})
+        for (int64_t seq : {1, 256, 2048, 8192}) {
+            auto device = Device::open_dry(DeviceKind::cuda);
+            const AttentionShape s{65536 / seq, seq, 16, 16, head_dim};
+            auto like = [&](int64_t cols) { return Tensor{nullptr, DType::bf16, s.batch * seq, cols, cols}; };
+            const Tensor lse{nullptr, DType::f32, 1, s.batch * seq * s.heads, s.batch * seq * s.heads};
+            attention_backward(*device, like(s.qkv_cols()), like(16 * head_dim), like(s.qkv_cols()), like(16 * head_dim), lse, s);
+            CHECK(device->scratch_high_water() - lse.bytes() < int64_t(32) << 20);
+        }
+}
+
 TEST_CASE("attention rejects tensors that do not fit the shape", "[attention]") {
     auto device = test_device("cpu", 1 << 20);
     const AttentionShape s{1, 4, 2, 1, 8};
@@ -316,6 +346,14 @@ TEST_CASE("attention's backward on the GPU rotates on the way out", "[attention]
     const uint64_t seed = fresh_seed();
     for (int64_t head_dim : {64, 128})
         for (int64_t seq : {1, 31, 64, 129, 256, 515}) compare_rotated(*device, {2, seq, 4, seq % 2 ? 4 : 2, head_dim}, seed + seq);
+}
+
+TEST_CASE("attention's backward on the GPU reuses its scratch", "[attention][gpu]") {
+    auto device = test_device("cuda");
+    const uint64_t seed = fresh_seed();
+    compare_copies(*device, {100, 200, 4, 4, 64}, seed);
+    compare_copies(*device, {60, 200, 4, 4, 128}, seed + 1);
+    compare_copies(*device, {20, 1100, 8, 4, 128}, seed + 2);
 }
 
 TEST_CASE("attention on the GPU survives large scores", "[attention][gpu]") {

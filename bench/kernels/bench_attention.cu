@@ -1,14 +1,17 @@
 // Time of the attention kernels on one GPU, after a comparison with the CPU form. Prints the median of 20 runs in ms and TFLOP/s
 // by the convention of the FlashAttention papers: 4·batch·heads·seq²·head_dim, halved for causal, backward 2.5 times that.
-//   nvcc -std=c++17 -O3 -I. -DWITH_CUDA -arch=sm_90 -Xcompiler -fopenmp bench/kernels/bench_attention.cu ops/attention.cu
-//        runtime/device.cu -o bench_attention -lcublas -lcublasLt -lcusolver      (sm_80 for A100, sm_89 for Ada)
+// bench/peer_attention.py times PyTorch's on the same shapes.
+//   nvcc -std=c++17 -O3 -I. -DWITH_CUDA -arch=sm_90 -Xcompiler -fopenmp bench/kernels/bench_attention.cu ops/attention.cu ops/rope.cu
+//        runtime/device.cu runtime/profile.cu -o bench_attention -lcublas -lcublasLt -lcusolver      (sm_80 for A100, sm_89 for Ada)
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <random>
 #include <vector>
 
 #include "ops/attention.h"
+#include "ops/rope.h"
 #include "runtime/cuda_context.h"
 
 namespace {
@@ -17,7 +20,7 @@ constexpr int kRuns = 20, kWarmUp = 3;
 
 struct Problem {
     AttentionShape s;
-    Tensor qkv, d_qkv, o, d_o, lse;
+    Tensor qkv, d_qkv, o, d_o, lse, rope;
     Device& device;
 
     Problem(Device& dev, const AttentionShape& shape) : s(shape), device(dev) {
@@ -27,33 +30,31 @@ struct Problem {
         const int64_t tokens = s.batch * s.seq, q_cols = s.heads * s.head_dim;
         qkv = make(device.activation_dtype(), tokens, s.qkv_cols()), d_qkv = make(device.activation_dtype(), tokens, s.qkv_cols());
         o = make(device.activation_dtype(), tokens, q_cols), d_o = make(device.activation_dtype(), tokens, q_cols);
-        lse = make(DType::f32, 1, tokens * s.heads);
+        lse = make(DType::f32, 1, tokens * s.heads), rope = make(DType::f32, s.seq, s.head_dim);
     }
     ~Problem() {
-        for (Tensor t : {qkv, d_qkv, o, d_o, lse}) device.release(t.data);
+        for (Tensor t : {qkv, d_qkv, o, d_o, lse, rope}) device.release(t.data);
     }
     Problem(const Problem&) = delete;
 
-    // The same bf16-representable values on every device.
+    // The same bf16-representable values on every device: a million of them, again and again.
     void fill() {
         std::mt19937_64 rng(1);
         std::normal_distribution<float> normal;
-        std::vector<float> pool(1 << 16);
-        for (float& x : pool) x = normal(rng);
-        int64_t offset = 0;
         for (Tensor t : {qkv, d_o}) {
-            std::vector<bf16> narrow(t.numel());
-            std::vector<float> wide(t.numel());
-            for (int64_t i = 0; i < t.numel(); ++i) {
-                narrow[i] = to_bf16(pool[(i * 7 + i / 65521 + offset) & 0xffff]);
-                wide[i] = to_float(narrow[i]);
-            }
-            device.upload(t.data, device.is_cuda() ? static_cast<void*>(narrow.data()) : wide.data(), t.bytes());
-            offset += 12345;
+            const int64_t count = std::min<int64_t>(t.numel(), 1 << 20);
+            std::vector<bf16> narrow(count);
+            std::vector<float> wide(count);
+            for (int64_t i = 0; i < count; ++i) wide[i] = to_float(narrow[i] = to_bf16(normal(rng)));
+            for (int64_t at = 0; at < t.numel(); at += count)
+                device.upload(static_cast<char*>(t.data) + at * size_of(t.dtype), device.is_cuda() ? static_cast<void*>(narrow.data()) : wide.data(),
+                              std::min(count, t.numel() - at) * size_of(t.dtype));
         }
+        const std::vector<float> table = rope_table(s.seq, s.head_dim, 10000);
+        device.upload(rope.data, table.data(), rope.bytes());
     }
     void forward() { attention_forward(device, o, lse, qkv, s); }
-    void backward() { attention_backward(device, d_qkv, d_o, qkv, o, lse, s); }
+    void backward(Tensor table = {}) { attention_backward(device, d_qkv, d_o, qkv, o, lse, s, table); }
     std::vector<float> read(Tensor t) {
         std::vector<float> out(t.numel());
         if (t.dtype == DType::f32) {
@@ -106,26 +107,31 @@ template <class F> double median_ms(Device& device, F&& work) {
 
 }  // namespace
 
-int main() {
+// usage: bench_attention [tokens columns], columns: heads times head_dim
+int main(int argc, char** argv) {
+    const int64_t tokens = argc > 2 ? std::atoll(argv[1]) : 16384, columns = argc > 2 ? std::atoll(argv[2]) : 2048;
     try {
         auto gpu = Device::open("cuda"), cpu = Device::open("cpu");
-        gpu->reserve_scratch(int64_t(64) << 20);
+        gpu->reserve_scratch(int64_t(256) << 20);
         cpu->reserve_scratch(int64_t(1) << 20);
         bool good = true;
         for (int64_t head_dim : {64, 128})
             for (int64_t seq : {64, 200, 256, 515}) good &= agrees(*gpu, *cpu, {2, seq, 4, 2, head_dim});
         if (!good) return 1;
 
-        std::printf("\n%s, 16384 tokens, 2048 columns of heads\n  seq  head_dim   forward ms  TFLOP/s   backward ms  TFLOP/s\n", gpu->name().c_str());
+        std::printf("\n%s, %lld tokens, %lld columns of heads\n"
+                    "  seq  head_dim   forward ms  TFLOP/s   backward ms  TFLOP/s   both ms   backward with rotation ms\n",
+                    gpu->name().c_str(), (long long)tokens, (long long)columns);
         for (int64_t head_dim : {64, 128})
-            for (int64_t seq : {256, 1024, 4096}) {
-                const AttentionShape s{16384 / seq, seq, 2048 / head_dim, 2048 / head_dim, head_dim};
+            for (int64_t seq : {256, 512, 1024, 2048, 4096}) {
+                const AttentionShape s{tokens / seq, seq, columns / head_dim, columns / head_dim, head_dim};
                 Problem problem(*gpu, s);
                 problem.fill();
                 const double flops = 2.0 * s.batch * s.heads * double(seq) * double(seq) * head_dim;
-                const double forward = median_ms(*gpu, [&] { problem.forward(); }), backward = median_ms(*gpu, [&] { problem.backward(); });
-                std::printf("%5lld  %8lld   %10.3f  %7.1f   %11.3f  %7.1f\n", (long long)seq, (long long)head_dim, forward, flops / forward * 1e-9,
-                            backward, 2.5 * flops / backward * 1e-9);
+                const double forward = median_ms(*gpu, [&] { problem.forward(); }), backward = median_ms(*gpu, [&] { problem.backward(); }),
+                             rotating = median_ms(*gpu, [&] { problem.backward(problem.rope); });
+                std::printf("%5lld  %8lld   %10.3f  %7.1f   %11.3f  %7.1f   %7.3f   %7.3f\n", (long long)seq, (long long)head_dim, forward,
+                            flops / forward * 1e-9, backward, 2.5 * flops / backward * 1e-9, forward + backward, rotating);
             }
     } catch (const std::exception& error) {
         std::fprintf(stderr, "%s\n", error.what());
