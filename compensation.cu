@@ -21,7 +21,7 @@ struct Alternation {
     float scale;
     Tensor target;        // (out, in) f32: Ŵ
     Tensor residual;      // the same memory in the type of B: W − deq(Q)
-    Tensor b32;           // (n, r): B in fp32
+    Tensor fitted, b32;   // (n, r), with as many rows as target has columns if that is more: B in its type and in fp32
     Tensor inverse;       // (r, h), type of B: transpose of P⁺ = Pᵀ(P·Pᵀ)⁻¹
     double* squares;      // [0] ‖W‖²; of round i: [2i − 1] ‖W − deq(Q)‖², [2i] ‖W − deq(Q) − s·P·B‖²
 
@@ -29,9 +29,11 @@ struct Alternation {
     void without_adapter() {
         nf4_quantize(device, q, w, nullptr);
         nf4_residual(device, Tensor{}, w, q, squares, 1);
-        device.zero(b32);
-        convert(device, b, b32);
+        device.zero(fitted);
+        store_b();
     }
+
+    void store_b() { convert(device, b, fitted.row_slice(0, b.rows)); }
 
     // The rounds 1 … last. Leaves their squared errors.
     void run(int last) {
@@ -39,13 +41,20 @@ struct Alternation {
             nf4_quantize(device, q, round == 1 ? w : target, nullptr);
             nf4_residual(device, residual, w, q, squares, 2 * round - 1);
             // B ← (1/s)·(W − deq(Q))·P⁺, rounded as it will be stored: relative error 2⁻⁹, whatever the product's inputs lose is less.
-            matmul(device, b, 1.0f / scale, residual, right ? Op::transpose : Op::none, inverse, Op::transpose, 0.0f, Fp32Products::tf32);
-            convert(device, b32, b);
+            matmul(device, fitted, 1.0f / scale, wide(residual), right ? Op::transpose : Op::none, inverse, Op::transpose, 0.0f, Fp32Products::tf32);
+            convert(device, b32, fitted);
             // Ŵ ← W − s·P·B. TF32 holds B exactly and P to 2⁻¹²: 2⁻¹² of s·P·B, which itself is a tenth of W.
-            if (right) matmul(device, target, -scale, p, Op::transpose, b32, Op::transpose, 1.0f, w, Fp32Products::tf32);
+            if (right) matmul(device, wide(target), -scale, p, Op::transpose, b32, Op::transpose, 1.0f, wide(w), Fp32Products::tf32);
             else matmul(device, target, -scale, b32, Op::none, p, Op::none, 1.0f, w, Fp32Products::tf32);
             nf4_residual(device, Tensor{}, target, q, squares, 2 * round);
         }
+        store_b();
+    }
+
+    // A right matrix with its padding up to target's: products are faster where no width is odd. What the padding holds stays in the padding.
+    Tensor wide(Tensor t) const {
+        if (right) t.cols = fitted.rows;
+        return t;
     }
 };
 
@@ -60,9 +69,10 @@ CompensationResult quantize_with_compensation(Device& device, const Nf4Tensor& q
     ScratchScope scratch(device);
     Tensor target = scratch.tensor("compensation target", DType::f32, w.rows, w.cols, round_up(w.cols, 8));
     Tensor residual{target.data, b.dtype, w.rows, w.cols, target.ld};
-    Tensor b32 = scratch.tensor("B in fp32", DType::f32, n, r), inverse = scratch.tensor("P⁺", b.dtype, r, h);
+    const int64_t wide_n = right && w.ld >= target.ld ? target.ld : n;
+    Tensor fitted = scratch.tensor("B", b.dtype, wide_n, r), b32 = scratch.tensor("B in fp32", DType::f32, wide_n, r), inverse = scratch.tensor("P⁺", b.dtype, r, h);
     Tensor squares = scratch.tensor("squared errors", DType::f64, 1, 2 * std::max(rounds, 1) + 1);
-    Alternation a{device, q, b, w, p, right, scale, target, residual, b32, inverse, squares.as<double>()};
+    Alternation a{device, q, b, w, p, right, scale, target, residual, fitted, b32, inverse, squares.as<double>()};
     OperationTimer timer(device, "quantize_with_compensation", 4.0 * rounds * double(w.numel() * r), 26.0 * rounds * double(w.numel()));
 
     bool invertible = true;

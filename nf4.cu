@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <type_traits>
 
 #include "dynamic_map.h"
 #include "flat_matrix.h"
@@ -37,11 +38,35 @@ constexpr Nf4Tables make_tables() {
 
 constexpr Nf4Tables kTables = make_tables();
 
-// Number of thresholds below z, by bisection; NaN gives 0.
-HOST_DEVICE int nf4_code(const float* threshold, float z) {
-    int code = 0;
-    for (int step = 8; step; step >>= 1) code += z > threshold[code + step - 1] ? step : 0;
-    return code;
+// The thresholds lie in different cells of width 1/16, so one comparison with the one in z's cell settles the code.
+struct Nf4Cell {
+    float threshold;  // in this cell, else nothing exceeds it
+    uint32_t code;    // of numbers in the cell up to the threshold
+};
+struct Nf4Cells {
+    Nf4Cell cell[33];
+};
+
+constexpr Nf4Cells make_cells() {
+    Nf4Cells cells{};
+    for (int c = 0; c < 33; ++c) {
+        const double begin = (8.0 * c - 0.5) / 128.0 - 1.0, end = begin + 1.0 / 16.0;  // see nf4_code for where a cell begins
+        cells.cell[c].threshold = FLT_MAX;
+        for (int i = 0; i < 15; ++i) {
+            if (double(kTables.threshold[i]) < begin) ++cells.cell[c].code;
+            else if (double(kTables.threshold[i]) < end) cells.cell[c].threshold = kTables.threshold[i];
+        }
+    }
+    return cells;
+}
+
+constexpr Nf4Cells kCells = make_cells();
+
+// Number of thresholds below z, |z| ≤ 1 or next to it.
+HOST_DEVICE uint32_t nf4_code(const Nf4Cell* cells, float z) {
+    // 128·z + 128, rounded, ends up in the low bits of a float near 1.5·2²³; the product is exact, fused or not. A cell is eight of those.
+    const uint32_t index = bits_of_float(z * 128.0f + (12582912.0f + 128.0f)) >> 3 & 63u;
+    return cells[index].code + (z > cells[index].threshold ? 1u : 0u);
 }
 
 // 1/a, or 0 where that would overflow: zero and subnormal maxima count as zero.
@@ -71,7 +96,7 @@ template <class T> void quantize_blocks_cpu(const Nf4Tensor& q, Tensor w, float*
         float inverse = reciprocal_or_zero(a);
         absmax[b] = inverse > 0.0f ? a : 0.0f;
         for (int64_t k = 0; k < count; k += 2)
-            codes[(begin + k) / 2] = uint8_t(nf4_code(kTables.threshold, x[k] * inverse) << 4 | nf4_code(kTables.threshold, x[k + 1] * inverse));
+            codes[(begin + k) / 2] = uint8_t(nf4_code(kCells.cell, x[k] * inverse) << 4 | nf4_code(kCells.cell, x[k + 1] * inverse));
     }
     if (nonfinite) *nonfinite += int32_t(bad);
 }
@@ -159,44 +184,58 @@ template <class T> void residual_cpu(Tensor residual, Tensor w, const Nf4Tensor&
 
 Tensor as_row(const Tensor& t) { return Tensor{t.data, t.dtype, 1, t.numel(), t.numel()}; }
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kQuantizeGroups = 2;
 
+__device__ const Nf4Cells kDeviceCells = kCells;
 __device__ const DynamicMap kDeviceSignedMap = kSignedMap;
 __device__ const Nf4Tables kDeviceTables = kTables;
 
-// One thread per 8 consecutive elements, so 8 lanes share a block of 64 and 8 codes are one 32-bit store.
+// Eight consecutive elements at a time, so 8 lanes share a block of 64 and 8 codes are one 32-bit store. All loads come first.
 template <class T>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(uint8_t* codes, float* absmax, FlatMatrix<const T> w, int32_t* nonfinite) {
-    __shared__ float threshold[15];
-    if (threadIdx.x < 15) threshold[threadIdx.x] = kDeviceTables.threshold[threadIdx.x];
+    __shared__ Nf4Cell cells[33];
+    if (threadIdx.x < 33) cells[threadIdx.x] = kDeviceCells.cell[threadIdx.x];
     __syncthreads();
 
-    const int64_t begin = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * 8;
-    const int count = int(min(int64_t(8), max(int64_t(0), w.numel - begin)));
-    float x[8];
-    load8(w, begin, count, x);
-    float a = 0.0f;
-    int bad = 0;
+    const int64_t block_begin = int64_t(blockIdx.x) * kThreads * kQuantizeGroups * 8 + threadIdx.x * 8;
+    float x[kQuantizeGroups][8];
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-        if (!is_finite(x[k])) x[k] = 0.0f, ++bad;
-        a = fmaxf(a, fabsf(x[k]));
+    for (int u = 0; u < kQuantizeGroups; ++u) {
+        const int64_t begin = block_begin + u * kThreads * 8;
+        load8(w, begin, int(min(int64_t(8), max(int64_t(0), w.numel - begin))), x[u]);
     }
-    if (bad && nonfinite) atomicAdd(nonfinite, bad);
 #pragma unroll
-    for (int lane = 1; lane < 8; lane *= 2) a = fmaxf(a, __shfl_xor_sync(0xffffffffu, a, lane));
-    const float inverse = reciprocal_or_zero(a);
-    if (count == 0) return;
-    if (threadIdx.x % 8 == 0) absmax[begin / kNf4Block] = inverse > 0.0f ? a : 0.0f;
+    for (int u = 0; u < kQuantizeGroups; ++u) {
+        const int64_t begin = block_begin + u * kThreads * 8;
+        const int count = int(min(int64_t(8), max(int64_t(0), w.numel - begin)));
+        uint32_t largest = 0;  // bits of absolute values: they are ordered as the numbers are, and what is not finite comes last
+#pragma unroll
+        for (int k = 0; k < 8; ++k) largest = max(largest, bits_of_float(x[u][k]) & 0x7fffffffu);
+        if (__any_sync(0xffffffffu, largest >= 0x7f800000u)) {
+            int bad = 0;
+            largest = 0;
+#pragma unroll
+            for (int k = 0; k < 8; ++k) {
+                if (!is_finite(x[u][k])) x[u][k] = 0.0f, ++bad;
+                largest = max(largest, bits_of_float(x[u][k]) & 0x7fffffffu);
+            }
+            if (bad && nonfinite) atomicAdd(nonfinite, bad);
+        }
+#pragma unroll
+        for (int lane = 1; lane < 8; lane *= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, lane));
+        const float a = float_of_bits(largest), inverse = reciprocal_or_zero(a);
+        if (count == 0) continue;
+        if (threadIdx.x % 8 == 0) absmax[begin / kNf4Block] = inverse > 0.0f ? a : 0.0f;
 
-    uint32_t packed = 0;
+        uint32_t packed = 0;
 #pragma unroll
-    for (int k = 0; k < 8; ++k) packed |= uint32_t(nf4_code(threshold, x[k] * inverse)) << (4 * (k ^ 1));  // even element: high nibble
-    uint8_t* out = codes + begin / 2;
-    if (count == 8 && (reinterpret_cast<uintptr_t>(out) & 3) == 0) {
-        *reinterpret_cast<uint32_t*>(out) = packed;
-    } else {
-        for (int i = 0; i < (count + 1) / 2; ++i) out[i] = uint8_t(packed >> (8 * i));
+        for (int k = 0; k < 8; ++k) packed |= nf4_code(cells, x[u][k] * inverse) << (4 * (k ^ 1));  // even element: high nibble
+        uint8_t* out = codes + begin / 2;
+        if (count == 8 && (reinterpret_cast<uintptr_t>(out) & 3) == 0) {
+            *reinterpret_cast<uint32_t*>(out) = packed;
+        } else {
+            for (int i = 0; i < (count + 1) / 2; ++i) out[i] = uint8_t(packed >> (8 * i));
+        }
     }
 }
 
@@ -251,7 +290,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 void quantize_cuda(CudaContext& cuda, const Nf4Tensor& q, Tensor w, float* absmax, double* partial, int32_t* nonfinite) {
-    const int64_t grid = ceil_div(q.numel(), 8 * kThreads), blocks = q.blocks();
+    const int64_t grid = ceil_div(q.numel(), 8 * kThreads * kQuantizeGroups), blocks = q.blocks();
     uint8_t* codes = q.codes.as<uint8_t>();
     if (w.dtype == DType::bf16)
         quantize_kernel<<<unsigned(grid), kThreads, 0, cuda.stream>>>(codes, absmax, FlatMatrix<const bf16>(w), nonfinite);
@@ -271,7 +310,7 @@ void quantize_cuda(CudaContext& cuda, const Nf4Tensor& q, Tensor w, float* absma
 struct Nf4Source {
     const uint8_t *codes, *codes8;
     const float *absmax, *scale2, *offset;
-    int64_t code_bytes;
+    int64_t code_bytes, blocks;
 };
 
 template <bool nested> __device__ float block_scale(const Nf4Source& q, int64_t block) {
@@ -279,23 +318,11 @@ template <bool nested> __device__ float block_scale(const Nf4Source& q, int64_t 
     return __fadd_rn(__fmul_rn(kDeviceSignedMap.value[q.codes8[block]], q.scale2[block / kNestedBlock]), *q.offset);
 }
 
-// Codes 8·word .. 8·word + 7, the first in the lowest nibble.
-__device__ uint32_t load_codes8(const Nf4Source& q, int64_t word) {
-    uint32_t bytes = 0;
-    if (word * 4 + 4 <= q.code_bytes && (reinterpret_cast<uintptr_t>(q.codes) & 3) == 0) {
-        bytes = reinterpret_cast<const uint32_t*>(q.codes)[word];
-    } else {
-        for (int i = 0; i < 4; ++i)
-            if (word * 4 + i < q.code_bytes) bytes |= uint32_t(q.codes[word * 4 + i]) << (8 * i);
-    }
-    return (bytes & 0x0f0f0f0fu) << 4 | ((bytes >> 4) & 0x0f0f0f0fu);
-}
-
 // Work is dealt out by what is *written*: a thread handles 8 aligned columns of one row with 16-byte accesses and fetches the codes
 // from wherever in the flat sequence they are, so rows of odd length cost two code words instead of one but no narrow accesses.
-// Four such groups per thread, all loads first, keep enough bytes in flight.
-constexpr int kGroupsPerThread = 4;
-static_assert(kGroupsPerBlock == kThreads * kGroupsPerThread, "groups of a thread block");
+// A thread block takes kGroupsPerBlock such groups, a contiguous piece of the flat sequence, whose scales it works out once.
+constexpr int kGroupsPerThread = int(kGroupsPerBlock) / kThreads;
+constexpr int kMostScales = int(kGroupsPerBlock) * 8 / int(kNf4Block) + 2;
 
 struct GroupGrid {  // the 8-column groups of a matrix
     int64_t cols, ld;
@@ -307,75 +334,118 @@ struct GroupGrid {  // the 8-column groups of a matrix
         CHECK_INTERNAL(groups < (int64_t(1) << 32), "NF4 matrix of %lld elements", (long long)t.numel());
         count = uint32_t(groups), blocks = unsigned(ceil_div(groups, kGroupsPerBlock));
     }
+    // True if groups may begin anywhere within a code word and straddle two NF4 blocks.
+    bool ragged() const { return count > per_row && cols % 8 != 0; }
+};
+
+// One thread's view of its thread block's piece. Indices are relative to `origin`, the first element of the piece's first NF4 block.
+struct Piece {
+    int64_t origin;
+    const uint8_t* codes;  // those of origin and after
+    int code_bytes;        // that there are, or more than a piece needs
+    bool aligned;
+    uint32_t group, row, group_in_row;
+
+    __device__ Piece(const GroupGrid& grid, const Nf4Source& q) {
+        const uint32_t first = blockIdx.x * uint32_t(kGroupsPerBlock), first_row = first / grid.per_row;
+        origin = (first_row * grid.cols + int64_t(first - first_row * grid.per_row) * 8) / kNf4Block * kNf4Block;
+        codes = q.codes + origin / 2;
+        code_bytes = int(min(int64_t(1) << 20, q.code_bytes - origin / 2));
+        aligned = (reinterpret_cast<uintptr_t>(q.codes) & 3) == 0;
+        group = first + threadIdx.x;
+        row = first_row, group_in_row = first - first_row * grid.per_row + threadIdx.x;
+        wrap(grid);
+    }
+    __device__ void next(const GroupGrid& grid) {
+        group += kThreads, group_in_row += kThreads;
+        wrap(grid);
+    }
+    __device__ void wrap(const GroupGrid& grid) {
+        for (; group_in_row >= grid.per_row; group_in_row -= grid.per_row) ++row;
+    }
+    __device__ uint32_t word(int index) const {  // codes 8·index … 8·index + 7, the first in the lowest nibble
+        uint32_t bytes = 0;
+        if (index * 4 + 4 <= code_bytes && aligned) {
+            bytes = reinterpret_cast<const uint32_t*>(codes)[index];
+        } else {
+            for (int i = 0; i < 4; ++i)
+                if (index * 4 + i < code_bytes) bytes |= uint32_t(codes[index * 4 + i]) << (8 * i);
+        }
+        return (bytes & 0x0f0f0f0fu) << 4 | ((bytes >> 4) & 0x0f0f0f0fu);
+    }
+};
+
+struct SharedTables {
+    float code_value[16];  // 16 different banks: no conflicts whatever the codes
+    float scale[kMostScales];
+
+    template <bool nested> __device__ void fill(const Piece& piece, const Nf4Source& q) {
+        if (threadIdx.x < 16) code_value[threadIdx.x] = kDeviceTables.code[threadIdx.x];
+        const int64_t first = piece.origin / kNf4Block;
+        for (int i = threadIdx.x; i < kMostScales && first + i < q.blocks; i += kThreads) scale[i] = block_scale<nested>(q, first + i);
+        __syncthreads();
+    }
 };
 
 // The quantized form of one group.
-template <bool nested> struct CodeGroup {
-    uint32_t row, codes;
-    int64_t column;
-    float scale, next_scale;
-    int straddle, count = 0;  // elements before the next NF4 block; elements of the group
+template <bool ragged> struct CodeGroup {
+    uint32_t codes;
+    int rel, count;  // element after the piece's origin; elements
+    int64_t row, column;
 
-    __device__ void load(const GroupGrid& grid, const Nf4Source& q, int64_t group) {
-        if (group >= grid.count) return;
-        row = uint32_t(group) / grid.per_row;
-        column = int64_t(uint32_t(group) - row * grid.per_row) * 8;
+    __device__ void load(const GroupGrid& grid, const Piece& piece) {
+        count = 0;
+        if (piece.group >= grid.count) return;
+        row = piece.row, column = int64_t(piece.group_in_row) * 8;
         count = int(min(int64_t(8), grid.cols - column));
-        const int64_t first = row * grid.cols + column, word = first / 8, block = first / kNf4Block;
-        const int shift = int(first % 8) * 4;
-        codes = load_codes8(q, word);
-        if (shift) codes = __funnelshift_r(codes, load_codes8(q, word + 1), shift);
-        straddle = int(kNf4Block - first % kNf4Block);
-        scale = block_scale<nested>(q, block);
-        next_scale = straddle < count ? block_scale<nested>(q, block + 1) : 0.0f;
+        rel = int(row * grid.cols + column - piece.origin);
+        codes = piece.word(rel / 8);
+        if (ragged && rel % 8) codes = __funnelshift_r(codes, piece.word(rel / 8 + 1), rel % 8 * 4);
     }
-    __device__ float value(const float* code_value, int k) const {
-        return __fmul_rn(code_value[(codes >> (4 * k)) & 15], k < straddle ? scale : next_scale);
+    __device__ void values(const SharedTables& shared, float (&x)[8]) const {
+        const int block = rel / int(kNf4Block), straddle = int(kNf4Block) - rel % int(kNf4Block);  // elements before the next NF4 block
+        const float scale = shared.scale[block], next = ragged ? shared.scale[block + 1] : 0.0f;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) x[k] = __fmul_rn(shared.code_value[(codes >> (4 * k)) & 15], !ragged || k < straddle ? scale : next);
     }
     __device__ int64_t offset(int64_t ld) const { return row * ld + column; }
 };
 
-__device__ int64_t group_index(int u) { return (int64_t(blockIdx.x) * kGroupsPerThread + u) * kThreads + threadIdx.x; }
-
-// Elements 0 .. count − 1 of pack to or from memory, all at once where that is possible.
-template <class T> __device__ void store_group(T* out, const Pack8<T>& pack, int count, bool aligned) {
-    if (count == 8 && aligned) return pack.store(out);
+// x of a group to or from memory, with 16-byte accesses where that is possible.
+template <class T> __device__ void store_group(T* out, const float (&x)[8], int count, bool aligned) {
+    if (count == 8 && aligned) return store_n(out, x);
 #pragma unroll
     for (int k = 0; k < 8; ++k)
-        if (k < count) out[k] = pack.x[k];
+        if (k < count) store(out[k], x[k]);
 }
 
-template <class T> __device__ void load_group(Pack8<T>& pack, const T* in, int count, bool aligned) {
-    if (count == 8 && aligned) return pack.load(in);
+__device__ void load_group(const float* in, float (&x)[8], int count, bool aligned) {
+    if (count == 8 && aligned) return load_n(in, x);
 #pragma unroll
-    for (int k = 0; k < 8; ++k)
-        if (k < count) pack.x[k] = in[k];
+    for (int k = 0; k < 8; ++k) x[k] = k < count ? in[k] : 0.0f;
 }
 
-__device__ void copy_code_values(float (&shared)[16]) {  // 16 different banks: no conflicts whatever the codes
-    if (threadIdx.x < 16) shared[threadIdx.x] = kDeviceTables.code[threadIdx.x];
-    __syncthreads();
-}
-
-template <class T, bool nested> __global__ void __launch_bounds__(kThreads) dequantize_kernel(T* w, GroupGrid grid, bool aligned, Nf4Source q) {
-    __shared__ float code_value[16];
-    copy_code_values(code_value);
-    CodeGroup<nested> group[kGroupsPerThread];
+template <class T, bool nested, bool ragged>
+__global__ void __launch_bounds__(kThreads) dequantize_kernel(T* w, GroupGrid grid, bool aligned, Nf4Source q) {
+    __shared__ SharedTables shared;
+    Piece piece(grid, q);
+    CodeGroup<ragged> group[kGroupsPerThread];
 #pragma unroll
-    for (int u = 0; u < kGroupsPerThread; ++u) group[u].load(grid, q, group_index(u));
+    for (int u = 0; u < kGroupsPerThread; ++u, piece.next(grid)) group[u].load(grid, piece);
+    shared.fill<nested>(piece, q);
 #pragma unroll
     for (int u = 0; u < kGroupsPerThread; ++u) {
         if (group[u].count == 0) continue;
-        Pack8<T> pack;
-#pragma unroll
-        for (int k = 0; k < 8; ++k) store(pack.x[k], group[u].value(code_value, k));
-        store_group(w + group[u].offset(grid.ld), pack, group[u].count, aligned);
+        float x[8];
+        group[u].values(shared, x);
+        store_group(w + group[u].offset(grid.ld), x, group[u].count, aligned);
     }
 }
 
 Nf4Source source_of(const Nf4Tensor& q) {
     Nf4Source source{};
     source.codes = q.codes.as<uint8_t>();
+    source.blocks = q.blocks();
     source.code_bytes = (q.numel() + 1) / 2;
     if (q.nested) {
         source.codes8 = q.codes8.as<uint8_t>();
@@ -387,41 +457,50 @@ Nf4Source source_of(const Nf4Tensor& q) {
     return source;
 }
 
+// call(nested, ragged) with the two as types.
+template <class F> void with_layout(bool nested, bool ragged, F call) {
+    using yes = std::true_type;
+    using no = std::false_type;
+    if (nested) ragged ? call(yes{}, yes{}) : call(yes{}, no{});
+    else ragged ? call(no{}, yes{}) : call(no{}, no{});
+}
+
 template <class T> void dequantize_cuda(CudaContext& cuda, Tensor w, const Nf4Tensor& q) {
     if (w.contiguous()) w = as_row(w);
     const GroupGrid grid(w);
-    auto kernel = q.nested ? dequantize_kernel<T, true> : dequantize_kernel<T, false>;
-    kernel<<<grid.blocks, kThreads, 0, cuda.stream>>>(w.as<T>(), grid, aligned_rows(w), source_of(q));
+    with_layout(q.nested, grid.ragged(), [&](auto nested, auto ragged) {
+        dequantize_kernel<T, nested, ragged><<<grid.blocks, kThreads, 0, cuda.stream>>>(w.as<T>(), grid, aligned_rows(w), source_of(q));
+    });
     LAUNCH_CHECK();
 }
 
 // residual (unless null) = w − deq(q); partial[block] = Σ (w − deq(q))² over the groups of the block.
-template <class T, bool nested>
+template <class T, bool nested, bool ragged>
 __global__ void __launch_bounds__(kThreads)
     residual_kernel(T* residual, int64_t ld_residual, bool aligned_residual, double* partial, const float* w, GroupGrid grid, bool aligned, Nf4Source q) {
-    __shared__ float code_value[16];
-    copy_code_values(code_value);
-    CodeGroup<nested> group[kGroupsPerThread];
-    Pack8<float> x[kGroupsPerThread];
+    __shared__ SharedTables shared;
+    Piece piece(grid, q);
+    CodeGroup<ragged> group[kGroupsPerThread];
+    float x[kGroupsPerThread][8];
 #pragma unroll
-    for (int u = 0; u < kGroupsPerThread; ++u) {
-        group[u].load(grid, q, group_index(u));
-        if (group[u].count) load_group(x[u], w + group[u].offset(grid.ld), group[u].count, aligned);
+    for (int u = 0; u < kGroupsPerThread; ++u, piece.next(grid)) {
+        group[u].load(grid, piece);
+        if (group[u].count) load_group(w + group[u].offset(grid.ld), x[u], group[u].count, aligned);
     }
+    shared.fill<nested>(piece, q);
     double sum = 0;
 #pragma unroll
     for (int u = 0; u < kGroupsPerThread; ++u) {
         if (group[u].count == 0) continue;
-        Pack8<T> pack;
-        float squares = 0;
+        float value[8], squares = 0;
+        group[u].values(shared, value);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-            const float difference = k < group[u].count ? x[u].x[k] - group[u].value(code_value, k) : 0.0f;
-            squares = fmaf(difference, difference, squares);
-            store(pack.x[k], difference);
+            value[k] = k < group[u].count ? x[u][k] - value[k] : 0.0f;
+            squares = fmaf(value[k], value[k], squares);
         }
         sum += double(squares);
-        if (residual) store_group(residual + group[u].offset(ld_residual), pack, group[u].count, aligned_residual);
+        if (residual) store_group(residual + group[u].offset(ld_residual), value, group[u].count, aligned_residual);
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
@@ -441,8 +520,10 @@ template <class T> void residual_cuda(CudaContext& cuda, Tensor residual, Tensor
     }
     const GroupGrid grid(w);
     T* out = residual ? residual.as<T>() : nullptr;
-    auto kernel = q.nested ? residual_kernel<T, true> : residual_kernel<T, false>;
-    kernel<<<grid.blocks, kThreads, 0, cuda.stream>>>(out, residual.ld, aligned_rows(residual), partial, w.as<float>(), grid, aligned_rows(w), source_of(q));
+    with_layout(q.nested, grid.ragged(), [&](auto nested, auto ragged) {
+        residual_kernel<T, nested, ragged><<<grid.blocks, kThreads, 0, cuda.stream>>>(out, residual.ld, aligned_rows(residual), partial, w.as<float>(), grid,
+                                                                                    aligned_rows(w), source_of(q));
+    });
     LAUNCH_CHECK();
     add_partials_kernel<<<1, kThreads, 0, cuda.stream>>>(sum, partial, grid.blocks);
     LAUNCH_CHECK();

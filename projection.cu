@@ -57,7 +57,7 @@ struct SubspaceIteration {
         start(warm);
         for (int i = warm ? kWarmIterations : kColdIterations; i-- > 0; std::swap(q, y)) {
             apply(i > 0 ? Fp32Products::tf32 : Fp32Products::exact);
-            orthonormalize_unchecked(device, y, i > 0 ? 1 : 3, failed);
+            orthonormalize_unchecked(device, y, i > 0, failed);
         }
     }
 

@@ -318,6 +318,9 @@ bool top_eigenvectors(Device& device, Tensor v, std::vector<float>& values, Tens
 
 namespace {
 
+// A second shifted pass before the usual two carries rows of condition number 1e7, as an iteration leaves them, where one fails.
+constexpr int kPasses = 4, kShiftedPasses = 2;
+
 // What a pass of CholeskyQR works with.
 struct GramFactor {
     Tensor gram, workspace, info;
@@ -329,17 +332,16 @@ struct GramFactor {
           workspace(scratch.tensor("orthonormalization workspace", DType::u8, 1, workspace_bytes(device, k))), info(scratch.tensor("status", DType::i32, 1, 2)),
           diagonal(scratch.tensor("diagonal", DType::f32, 1, k)) {}
 
-    // gram ← the Cholesky factor of y·yᵀ, shifted in the first pass.
+    // gram ← the Cholesky factor of y·yᵀ, shifted in the first passes.
     void factorize(Device& device, Tensor y, int pass) {
         matmul(device, gram, 1.0f, y, Op::none, y, Op::transpose);
-        // The published shift u‖Y‖²·I, taken relative to each row's norm, as if the rows had been scaled to equal norms first:
-        // rows of very different norms (a power iteration's) are then no worse than rows of equal ones.
-        if (pass == 0) scale_diagonal(device, gram, 1.0f + float(y.rows) * kUnitRoundoff);
+        // The published shift, a multiple of u‖Y‖²·I, taken relative to each row's norm, as if the rows had been scaled to equal norms
+        // first: rows of very different norms (a power iteration's) are then no worse than rows of equal ones. The rounding errors of
+        // the Gram matrix have a norm near 2√k times that of one entry; the shift must be above it.
+        if (pass < kShiftedPasses) scale_diagonal(device, gram, 1.0f + 16.0f * float(y.rows) * kUnitRoundoff);
         cholesky(device, gram, workspace, host_workspace, info.as<int32_t>());
     }
 };
-
-constexpr int kPasses = 3;
 
 // Per pass: the Gram matrix, its factor, the solution.
 double cholesky_qr_flops(Tensor y, int passes) { return passes * (3.0 * double(y.rows) * double(y.rows) * double(y.cols)); }
@@ -371,7 +373,7 @@ bool orthonormalize_rows(Device& device, Tensor y, Degenerate degenerate) {
         good = succeeded(1);
         if (good) solve_factor(device, y, factor.gram, Op::none);
     }
-    // The third factor is the identity if the second pass already left nearly orthonormal rows.
+    // The last factor is the identity if the pass before it left nearly orthonormal rows.
     if (good && ones_on_diagonal()) return true;
     if (degenerate == Degenerate::fail) return false;
     householder(device, y, factor.diagonal.as<float>(), factor.workspace, factor.info.as<int32_t>());
@@ -380,12 +382,12 @@ bool orthonormalize_rows(Device& device, Tensor y, Degenerate degenerate) {
     return ones_on_diagonal();
 }
 
-void orthonormalize_unchecked(Device& device, Tensor y, int passes, int32_t* failed) {
-    CHECK_INTERNAL(y.rows <= y.cols && y.dtype == DType::f32 && (passes == 1 || passes == kPasses), "%lld rows of length %lld, %d passes", (long long)y.rows,
-                   (long long)y.cols, passes);
+void orthonormalize_unchecked(Device& device, Tensor y, bool roughly, int32_t* failed) {
+    CHECK_INTERNAL(y.rows <= y.cols && y.dtype == DType::f32, "%lld rows of length %lld cannot be orthonormal", (long long)y.rows, (long long)y.cols);
     ScratchScope scratch(device);
     GramFactor factor(device, scratch, y.rows);
     if (y.rows == 0) return;
+    const int passes = roughly ? 1 : kPasses;
     OperationTimer timer(device, "orthonormalize_rows", cholesky_qr_flops(y, passes), 8.0 * double(y.numel()));
     for (int pass = 0; pass < passes; ++pass) {
         factor.factorize(device, y, pass);

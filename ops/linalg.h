@@ -10,16 +10,15 @@ bool pseudo_inverse(Device& device, Tensor inverse, Tensor p);
 // row's largest-magnitude entry positive. values: host, r eigenvalues descending. c is destroyed. Returns false if it did not converge.
 bool top_eigenvectors(Device& device, Tensor v, std::vector<float>& values, Tensor c);
 
-// Orthonormalizes the rows of y: (k, m) f32, k ≤ m, in place by shifted CholeskyQR3 (Fukaya et al. 2020). Where their rank is short of k:
+// Orthonormalizes the rows of y: (k, m) f32, k ≤ m, in place by shifted CholeskyQR (Fukaya et al. 2020). Where their rank is short of k:
 // fail returns false (y undefined); complete uses Householder reflections instead, whose missing directions are arbitrary but orthonormal.
 // Also false if y is not finite. Synchronizes.
 enum class Degenerate { fail, complete };
 bool orthonormalize_rows(Device& device, Tensor y, Degenerate degenerate = Degenerate::fail);
 
-// One pass (of 1) or all three of orthonormalize_rows without waiting for any: for iterations, where a pass in between keeps y well
-// conditioned and only the end has to be orthonormal. *failed (device, i32) becomes 1 if a factorization failed or, after three passes, the
-// rows are not orthonormal; y is then undefined.
-void orthonormalize_unchecked(Device& device, Tensor y, int passes, int32_t* failed);
+// The same without waiting for anything. roughly: one pass only, after which y is well conditioned: enough between the products of an
+// iteration. *failed (device, i32) becomes 1 if a factorization failed or, unless roughly, the rows are not orthonormal; y is then undefined.
+void orthonormalize_unchecked(Device& device, Tensor y, bool roughly, int32_t* failed);
 
 // The diagonal of the square a (f32), to the host. Synchronizes.
 std::vector<float> diagonal(Device& device, Tensor a);

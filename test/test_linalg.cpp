@@ -197,9 +197,9 @@ void check_unchecked(Device& device) {
     std::vector<float> rows = random_normal(rng, k * m);
     for (int64_t i = 0; i < k * m; ++i) rows[i] *= std::pow(10.0f, float(i / m) / 5 - 4);  // rows of very different norms
     OnDevice failed(device, DType::i32, 1, 1, std::vector<float>{0}), y(device, DType::f32, k, m, rows, m + 1);
-    orthonormalize_unchecked(device, y, 1, failed.t.as<int32_t>());
+    orthonormalize_unchecked(device, y, true, failed.t.as<int32_t>());
     CHECK(orthonormality_error(y.read(), k, m) < 0.1);
-    orthonormalize_unchecked(device, y, 3, failed.t.as<int32_t>());
+    orthonormalize_unchecked(device, y, false, failed.t.as<int32_t>());
     CHECK(failed.read()[0] == 0);
     std::vector<float> q = y.read();
     CHECK(orthonormality_error(q, k, m) < 3e-6);
@@ -210,12 +210,12 @@ void check_unchecked(Device& device) {
         std::fill(rows.begin() + 3 * m, rows.begin() + 4 * m, bad);
         y.write(rows);
         failed.write({0});
-        orthonormalize_unchecked(device, y, 1, failed.t.as<int32_t>());
+        orthonormalize_unchecked(device, y, true, failed.t.as<int32_t>());
         CHECK(failed.read()[0] == 1);
     }
     // A later success does not hide an earlier failure.
     y.write(random_normal(rng, k * m));
-    orthonormalize_unchecked(device, y, 3, failed.t.as<int32_t>());
+    orthonormalize_unchecked(device, y, false, failed.t.as<int32_t>());
     CHECK(failed.read()[0] == 1);
 }
 

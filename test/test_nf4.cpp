@@ -231,6 +231,32 @@ void check_special_values(Device& device) {
     for (float v : back.read()) REQUIRE(v == 0);
 }
 
+// Every code against counting, where the search could go wrong: around thresholds and around the sixteenths that its cells begin at.
+void check_codes(Device& device) {
+    uint64_t seed = fresh_seed();
+    INFO("seed " << seed);
+    std::mt19937_64 rng(seed);
+    std::vector<float> x;
+    auto add = [&](float z) {
+        if (x.size() % 64 == 0) x.push_back(1.0f);  // absmax of its block, so that z is what is searched for
+        if (std::fabs(z) <= 1.0f) x.push_back(z);
+    };
+    for (int i = 0; i < 15; ++i)
+        for (int64_t ulp = -40; ulp <= 40; ++ulp) add(float_of_bits(uint32_t(bits_of_float(nf4_threshold(i)) + ulp)));
+    for (int c = -160; c <= 160; ++c)
+        for (double offset : {-0.5, 0.0, 0.5})
+            for (int64_t ulp = -20; ulp <= 20; ++ulp) add(float((c + offset) / 128.0) * (1.0f + float(ulp) * 1.2e-7f));
+    std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
+    while (x.size() < 100000 || x.size() % 64) add(uniform(rng));
+    OnDevice w(device, DType::f32, int64_t(x.size()) / 64, 64, x);
+    QuantizedOnDevice q(device, int64_t(x.size()) / 64, 64, false);
+    nf4_quantize(device, q.q, w, nullptr);
+    std::vector<int> codes = q.unpacked();
+    int64_t wrong = 0;
+    for (size_t i = 0; i < x.size(); ++i) wrong += codes[i] != code_by_counting(x[i]);
+    CHECK(wrong == 0);
+}
+
 void check_normal_statistics(Device& device) {
     uint64_t seed = fresh_seed();
     INFO("seed " << seed);
@@ -365,6 +391,7 @@ TEST_CASE("dynamic_code is the number of midpoints below", "[nf4]") {
 TEST_CASE("NF4 agrees with bitsandbytes", "[nf4]") { compare_with_bitsandbytes(*test_device("cpu")); }
 TEST_CASE("NF4 round trips on odd and padded shapes", "[nf4]") { check_properties(*test_device("cpu")); }
 TEST_CASE("NF4 of zeros, subnormals and non-finite numbers", "[nf4]") { check_special_values(*test_device("cpu")); }
+TEST_CASE("NF4 codes are the number of thresholds below", "[nf4]") { check_codes(*test_device("cpu")); }
 TEST_CASE("NF4 residuals and their norm", "[nf4]") { check_residual(*test_device("cpu")); }
 TEST_CASE("NF4 error on normal numbers", "[nf4]") { check_normal_statistics(*test_device("cpu")); }
 
@@ -390,6 +417,7 @@ TEST_CASE("a dry NF4 quantization counts its scratch", "[nf4]") {
 TEST_CASE("NF4 on the GPU agrees with bitsandbytes", "[nf4][gpu]") { compare_with_bitsandbytes(*test_device("cuda")); }
 TEST_CASE("NF4 on the GPU round trips on odd and padded shapes", "[nf4][gpu]") { check_properties(*test_device("cuda")); }
 TEST_CASE("NF4 on the GPU of zeros, subnormals and non-finite numbers", "[nf4][gpu]") { check_special_values(*test_device("cuda")); }
+TEST_CASE("NF4 codes on the GPU are the number of thresholds below", "[nf4][gpu]") { check_codes(*test_device("cuda")); }
 TEST_CASE("NF4 residuals on the GPU", "[nf4][gpu]") { check_residual(*test_device("cuda")); }
 TEST_CASE("NF4 error on normal numbers on the GPU", "[nf4][gpu]") { check_normal_statistics(*test_device("cuda")); }
 
