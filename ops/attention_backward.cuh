@@ -53,6 +53,7 @@ template <int D> __global__ void row_sums_kernel(BackwardArgs args) {
 // The shape of a block. Its warps own 16·kRowBlocks keys each; dK and dV take 128 registers of a thread.
 template <int D> struct BackwardTile {
     static constexpr int kKeys = 128, kQueries = 4096 / D, kWarps = D / 16, kThreads = 32 * kWarps, kRowBlocks = 128 / D;
+    static constexpr int kRowStep = kKeys / kRowBlocks;  // from a warp's 16 keys to its next: so every warp has its share of the diagonal
     static constexpr int kChunk = D / 4;  // queries whose P and dS a warp holds at a time
 
     struct Stage {
@@ -192,99 +193,121 @@ template <int D> struct KeyWarp {
     uint32_t ds_offset, t_offset;  // of the warp's part of dSᵀ; of the lane's queries in LSE and D
 
     __device__ __forceinline__ KeyWarp(const Lane& at, uint32_t k) {
-        key0 = int(keep(16 * kRowBlocks * at.warp));
+        key0 = int(keep(16 * at.warp));
         by_rows = keep(attention::by_rows<D>(at.lane)), by_columns = keep(attention::by_columns<D>(at.lane));
         k_at = keep(k + by_columns + row<D>(key0));
         ds_offset = keep(by_pairs<BackwardTile<D>::kQueries>(at) + row<BackwardTile<D>::kQueries>(key0)), t_offset = keep(8 * at.t);
     }
 };
 
-// Adds the contribution of one query tile to dK and dV and leaves dSᵀ in `ds`. Everything is transposed: the warp's rows are keys, the
-// columns queries, so Pᵀ and dSᵀ come out of the first products as A operands of the second ones. stage, ds: addresses. query0: the
-// tile's first query, counted from the key tile's first key.
+// Zeros for the dS of row block r and one chunk of queries, all of which come before the keys.
+template <int D> __device__ __forceinline__ void clear_ds(const KeyWarp<D>& warp, uint32_t ds, int chunk, int r) {
+    using Tile = BackwardTile<D>;
+#pragma unroll
+    for (int i = 0; i < Tile::kChunk / 4; ++i)
+        store_shared(((ds + warp.ds_offset) ^ column(chunk + 8 * (i >> 1))) + row<Tile::kQueries>(Tile::kRowStep * r + 8 * (i & 1)), 0);
+}
+
+// Adds the contribution of one chunk of queries to dK and dV of the warp's first Blocks row blocks and leaves dSᵀ in `ds`. Everything is
+// transposed: the warp's rows are keys, the columns queries, so Pᵀ and dSᵀ come out of the first products as A operands of the second
+// ones. stage, ds: addresses. query0: the tile's first query, counted from the key tile's first key.
+template <int D, int Blocks, bool Diagonal>
+__device__ __forceinline__ void key_tile_chunk(KeyWarp<D>& warp, uint32_t stage, uint32_t ds, int query0, int chunk, float scale_log2, const Lane& at) {
+    using Tile = BackwardTile<D>;
+    constexpr int kQueries = Tile::kQueries, kChunk = Tile::kChunk, kBlocks = kChunk / 16;
+    constexpr uint32_t kDo = kQueries * D * 2, kLse = 2 * kDo, kRowSums = kLse + kQueries * 4;
+    const uint32_t rows_at = stage + warp.by_rows + row<D>(chunk), columns_at = stage + warp.by_columns + row<D>(chunk);
+    float p[Blocks][2 * kBlocks][4] = {}, dp[Blocks][2 * kBlocks][4] = {};
+    uint32_t q[2][kBlocks][4], d_o[2][kBlocks][4], a[2][Blocks][4];  // operands are loaded one step ahead of their products
+    auto load = [&](int kk) {
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) ldmatrix(q[kk & 1][n], (rows_at ^ column(16 * kk)) + row<D>(16 * n));
+#pragma unroll
+        for (int r = 0; r < Blocks; ++r) ldmatrix(a[kk & 1][r], (warp.k_at ^ column(16 * kk)) + row<D>(Tile::kRowStep * r));
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) ldmatrix(d_o[kk & 1][n], (rows_at ^ column(16 * kk)) + kDo + row<D>(16 * n));
+    };
+    load(0);
+#pragma unroll
+    for (int kk = 0; kk < D / 16; ++kk) {
+        if (kk + 1 < D / 16) load(kk + 1);
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+            for (int r = 0; r < Blocks; ++r) mma_pair(&p[r][2 * n], a[kk & 1][r], q[kk & 1][n]);
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+            for (int r = 0; r < Blocks; ++r) mma_pair(&dp[r][2 * n], warp.v[r][kk], d_o[kk & 1][n]);
+    }
+    if (Diagonal) {
+#pragma unroll
+        for (int r = 0; r < Blocks; ++r)
+#pragma unroll
+            for (int n = 0; n < 2 * kBlocks; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    if (query0 + chunk + 8 * n + 2 * at.t + (e & 1) < warp.key0 + Tile::kRowStep * r + at.g + 8 * (e >> 1)) p[r][n][e] = -INFINITY;
+    }
+#pragma unroll
+    for (int n = 0; n < 2 * kBlocks; ++n) {
+        const uint32_t query = stage + (chunk + 8 * n) * 4 + warp.t_offset;
+        const float2 lse = load_shared(query + kLse), sum = load_shared(query + kRowSums);
+#pragma unroll
+        for (int r = 0; r < Blocks; ++r)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                p[r][n][e] = exp2_approx(fmaf(p[r][n][e], scale_log2, -kLog2e * ((e & 1) ? lse.y : lse.x)));
+                dp[r][n][e] = p[r][n][e] * (dp[r][n][e] - ((e & 1) ? sum.y : sum.x));
+            }
+    }
+    uint32_t p_a[Blocks][kBlocks][4], ds_a[Blocks][kBlocks][4];
+#pragma unroll
+    for (int r = 0; r < Blocks; ++r)
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) {
+            accumulators_to_a(p_a[r][n], &p[r][2 * n]);
+            accumulators_to_a(ds_a[r][n], &dp[r][2 * n]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)  // i: rows g and g+8, then the same of the next eight queries
+                store_shared(((ds + warp.ds_offset) ^ column(chunk + 16 * n + 8 * (i >> 1))) + row<kQueries>(Tile::kRowStep * r + 8 * (i & 1)),
+                             ds_a[r][n][i]);
+        }
+    uint32_t b[2][2][4];  // of dO and Q
+    auto load_columns = [&](int block, int n) {
+        const uint32_t from = (columns_at ^ column(16 * n)) + row<D>(16 * block);
+        ldmatrix_transposed(b[n & 1][0], from + kDo);
+        ldmatrix_transposed(b[n & 1][1], from);
+    };
+    load_columns(0, 0);
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block)
+#pragma unroll
+        for (int n = 0; n < D / 16; ++n) {
+            if (n + 1 < D / 16) load_columns(block, n + 1);
+            else if (block + 1 < kBlocks) load_columns(block + 1, 0);
+#pragma unroll
+            for (int r = 0; r < Blocks; ++r) mma_pair(&warp.dv[r][2 * n], p_a[r][block], b[n & 1][0]);
+#pragma unroll
+            for (int r = 0; r < Blocks; ++r) mma_pair(&warp.dk[r][2 * n], ds_a[r][block], b[n & 1][1]);
+        }
+}
+
+// All chunks of one query tile. On the diagonal row blocks whose keys all come after the queries are left out.
 template <int D, bool Diagonal>
 __device__ __forceinline__ void key_tile_step(KeyWarp<D>& warp, uint32_t stage, uint32_t ds, int query0, float scale_log2, const Lane& at) {
-    constexpr int kRowBlocks = BackwardTile<D>::kRowBlocks, kQueries = BackwardTile<D>::kQueries;
-    constexpr int kChunk = BackwardTile<D>::kChunk, kBlocks = kChunk / 16;
-    constexpr uint32_t kDo = kQueries * D * 2, kLse = 2 * kDo, kRowSums = kLse + kQueries * 4;
+    using Tile = BackwardTile<D>;
 #pragma unroll 1
-    for (int chunk = 0; chunk < kQueries; chunk += kChunk) {
-        if (Diagonal && query0 + chunk + kChunk - 1 < warp.key0) continue;  // these queries come before all of the warp's keys
-        const uint32_t rows_at = stage + warp.by_rows + row<D>(chunk), columns_at = stage + warp.by_columns + row<D>(chunk);
-        float p[kRowBlocks][2 * kBlocks][4] = {}, dp[kRowBlocks][2 * kBlocks][4] = {};
-        uint32_t q[2][kBlocks][4], d_o[2][kBlocks][4], a[2][kRowBlocks][4];  // operands are loaded one step ahead of their products
-        auto load = [&](int kk) {
-#pragma unroll
-            for (int n = 0; n < kBlocks; ++n) ldmatrix(q[kk & 1][n], (rows_at ^ column(16 * kk)) + row<D>(16 * n));
-#pragma unroll
-            for (int r = 0; r < kRowBlocks; ++r) ldmatrix(a[kk & 1][r], (warp.k_at ^ column(16 * kk)) + row<D>(16 * r));
-#pragma unroll
-            for (int n = 0; n < kBlocks; ++n) ldmatrix(d_o[kk & 1][n], (rows_at ^ column(16 * kk)) + kDo + row<D>(16 * n));
-        };
-        load(0);
-#pragma unroll
-        for (int kk = 0; kk < D / 16; ++kk) {
-            if (kk + 1 < D / 16) load(kk + 1);
-#pragma unroll
-            for (int n = 0; n < kBlocks; ++n)
-#pragma unroll
-                for (int r = 0; r < kRowBlocks; ++r) mma_pair(&p[r][2 * n], a[kk & 1][r], q[kk & 1][n]);
-#pragma unroll
-            for (int n = 0; n < kBlocks; ++n)
-#pragma unroll
-                for (int r = 0; r < kRowBlocks; ++r) mma_pair(&dp[r][2 * n], warp.v[r][kk], d_o[kk & 1][n]);
+    for (int chunk = 0; chunk < Tile::kQueries; chunk += Tile::kChunk) {
+        const int last = query0 + chunk + Tile::kChunk - 1;
+        if (Diagonal && last < warp.key0) {
+            if (Tile::kRowBlocks == 2) clear_ds<D>(warp, ds, chunk, 0);
+        } else if (Diagonal && Tile::kRowBlocks == 2 && last < warp.key0 + Tile::kRowStep) {
+            key_tile_chunk<D, 1, true>(warp, stage, ds, query0, chunk, scale_log2, at);
+            clear_ds<D>(warp, ds, chunk, 1);
+        } else {
+            key_tile_chunk<D, Tile::kRowBlocks, Diagonal>(warp, stage, ds, query0, chunk, scale_log2, at);
         }
-        if (Diagonal) {
-#pragma unroll
-            for (int r = 0; r < kRowBlocks; ++r)
-#pragma unroll
-                for (int n = 0; n < 2 * kBlocks; ++n)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e)
-                        if (query0 + chunk + 8 * n + 2 * at.t + (e & 1) < warp.key0 + 16 * r + at.g + 8 * (e >> 1)) p[r][n][e] = -INFINITY;
-        }
-#pragma unroll
-        for (int n = 0; n < 2 * kBlocks; ++n) {
-            const uint32_t query = stage + (chunk + 8 * n) * 4 + warp.t_offset;
-            const float2 lse = load_shared(query + kLse), sum = load_shared(query + kRowSums);
-#pragma unroll
-            for (int r = 0; r < kRowBlocks; ++r)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    p[r][n][e] = exp2_approx(fmaf(p[r][n][e], scale_log2, -kLog2e * ((e & 1) ? lse.y : lse.x)));
-                    dp[r][n][e] = p[r][n][e] * (dp[r][n][e] - ((e & 1) ? sum.y : sum.x));
-                }
-        }
-        uint32_t p_a[kRowBlocks][kBlocks][4], ds_a[kRowBlocks][kBlocks][4];
-#pragma unroll
-        for (int r = 0; r < kRowBlocks; ++r)
-#pragma unroll
-            for (int n = 0; n < kBlocks; ++n) {
-                accumulators_to_a(p_a[r][n], &p[r][2 * n]);
-                accumulators_to_a(ds_a[r][n], &dp[r][2 * n]);
-#pragma unroll
-                for (int i = 0; i < 4; ++i)  // i: rows g and g+8, then the same of the next eight queries
-                    store_shared(((ds + warp.ds_offset) ^ column(chunk + 16 * n + 8 * (i >> 1))) + row<kQueries>(16 * r + 8 * (i & 1)),
-                                 ds_a[r][n][i]);
-            }
-        uint32_t b[2][2][4];  // of dO and Q
-        auto load_columns = [&](int block, int n) {
-            const uint32_t from = (columns_at ^ column(16 * n)) + row<D>(16 * block);
-            ldmatrix_transposed(b[n & 1][0], from + kDo);
-            ldmatrix_transposed(b[n & 1][1], from);
-        };
-        load_columns(0, 0);
-#pragma unroll
-        for (int block = 0; block < kBlocks; ++block)
-#pragma unroll
-            for (int n = 0; n < D / 16; ++n) {
-                if (n + 1 < D / 16) load_columns(block, n + 1);
-                else if (block + 1 < kBlocks) load_columns(block + 1, 0);
-#pragma unroll
-                for (int r = 0; r < kRowBlocks; ++r) mma_pair(&warp.dv[r][2 * n], p_a[r][block], b[n & 1][0]);
-#pragma unroll
-                for (int r = 0; r < kRowBlocks; ++r) mma_pair(&warp.dk[r][2 * n], ds_a[r][block], b[n & 1][1]);
-            }
     }
 }
 
@@ -327,7 +350,7 @@ template <int D> __device__ __forceinline__ void do_key_tile(const BackwardArgs&
 #pragma unroll
             for (int r = 0; r < kRowBlocks; ++r)
 #pragma unroll
-                for (int kk = 0; kk < D / 16; ++kk) ldmatrix(warp.v[r][kk], (v_at ^ column(16 * kk)) + row<D>(16 * r));
+                for (int kk = 0; kk < D / 16; ++kk) ldmatrix(warp.v[r][kk], (v_at ^ column(16 * kk)) + row<D>(Tile::kRowStep * r));
         }
         // dQ lags a step behind, when all warps' dS is there. With a head of 128 the sum so far is fetched behind the products of a step;
         // with 64 no registers are left for that, but a second block on the multiprocessor has work meanwhile.
@@ -359,7 +382,7 @@ template <int D> __device__ __forceinline__ void do_key_tile(const BackwardArgs&
     bf16* out = args.dqkv + first_row * args.ld_dqkv;
 #pragma unroll
     for (int r = 0; r < kRowBlocks; ++r) {
-        const int row = key0 + 16 * (kRowBlocks * at.warp + r);
+        const int row = key0 + Tile::kRowStep * r + 16 * at.warp;
         store_gradient<D / 16>(warp.dk[r], args.scale, args.rope, args.ld_rope, out + k_column, args.ld_dqkv, D / 2, row, args.seq, at);
         store_gradient<D / 16>(warp.dv[r], 1, nullptr, 0, out + v_column, args.ld_dqkv, D / 2, row, args.seq, at);
     }

@@ -137,27 +137,34 @@ __device__ __forceinline__ void store_gradient(const float (&c)[2 * N][4], float
     for (int half = 0; half < 2; ++half) {
         const int row = row0 + at.g + 8 * half;
         const bool inside = row < rows;
-        bf16* to = out + int64_t(row) * ld;
+        uint32_t words[2][N];  // of the first and the second half of the head
 #pragma unroll
-        for (int n = 0; n < N; n += 2) {
-            uint32_t words[2][2];  // of the first and the second half of the head
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-#pragma unroll
-                for (int second = 0; second < 2; ++second)
-                    words[second][i] = pack_bf16(c[second * N + n + i][2 * half] * scale, c[second * N + n + i][2 * half + 1] * scale);
-                if (!table || !inside) continue;
-                const float* angles = table + int64_t(row) * ld_table + 8 * (n + i) + 2 * at.t;
-                const float2 cosine = *reinterpret_cast<const float2*>(angles), sine = *reinterpret_cast<const float2*>(angles + half_head);
-                float a[2], b[2];
-                unpack_bf16(words[0][i], a), unpack_bf16(words[1][i], b);
-                rotate_pair(a[0], b[0], cosine.x, -sine.x), rotate_pair(a[1], b[1], cosine.y, -sine.y);
-                words[0][i] = pack_bf16(a[0], a[1]), words[1][i] = pack_bf16(b[0], b[1]);
-            }
+        for (int n = 0; n < N; ++n)
 #pragma unroll
             for (int second = 0; second < 2; ++second)
-                store_16_columns(to + second * half_head + 8 * n, words[second][0], words[second][1], inside, at);
+                words[second][n] = pack_bf16(c[second * N + n][2 * half] * scale, c[second * N + n][2 * half + 1] * scale);
+        if (table) {
+            const float* angles = table + int64_t(inside ? row : 0) * ld_table + 2 * at.t;
+            float2 cosine[N], sine[N];  // all fetched before the first is used
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                cosine[n] = __ldg(reinterpret_cast<const float2*>(angles + 8 * n));
+                sine[n] = __ldg(reinterpret_cast<const float2*>(angles + half_head + 8 * n));
+            }
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                float a[2], b[2];
+                unpack_bf16(words[0][n], a), unpack_bf16(words[1][n], b);
+                rotate_pair(a[0], b[0], cosine[n].x, -sine[n].x), rotate_pair(a[1], b[1], cosine[n].y, -sine[n].y);
+                words[0][n] = pack_bf16(a[0], a[1]), words[1][n] = pack_bf16(b[0], b[1]);
+            }
         }
+        bf16* to = out + int64_t(row) * ld;
+#pragma unroll
+        for (int n = 0; n < N; n += 2)
+#pragma unroll
+            for (int second = 0; second < 2; ++second)
+                store_16_columns(to + second * half_head + 8 * n, words[second][n], words[second][n + 1], inside, at);
     }
 }
 
