@@ -140,8 +140,11 @@ MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget) {
             }
             // Workers come last, since they only shorten merges. A CPU has no idle cores to give them.
             if (kind != DeviceKind::cuda) return plan;
-            MemoryPlan with_workers = plan_memory(config, kind, kMergeWorkers);
-            return fits(with_workers) ? with_workers : plan;
+            for (int workers : {kMergeWorkers, kMergeWorkers / 2}) {
+                MemoryPlan with_workers = plan_memory(config, kind, workers);
+                if (fits(with_workers)) return with_workers;
+            }
+            return plan;
         }
     }
     throw UserError(format("does not fit: %s planned at a micro-batch of %lld sequences, %s allowed; %s", amount(smallest.total).c_str(),

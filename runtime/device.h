@@ -29,7 +29,7 @@ class Device {
     // True if a CUDA device can be used by this binary on this machine; why_not says what is missing.
     static bool cuda_usable(std::string* why_not = nullptr);
     // A second device on the same hardware with a stream, library handles, workspace and scratch of its own, for another host thread; dry
-    // if this one is. Memory is shared; the order of work is not: see wait_for. Its library workspace takes fork_bytes().
+    // if this one is. Memory is shared; the order of work is not: see wait_for. Its library workspace and handles take fork_bytes().
     std::unique_ptr<Device> fork() const;
     static int64_t fork_bytes(DeviceKind kind);
     ~Device();

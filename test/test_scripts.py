@@ -1,4 +1,4 @@
-"""scripts/summary.py and scripts/plot_runs.py on made-up run directories."""
+"""scripts/summary.py, scripts/plot_runs.py and scripts/compare_runs.py on made-up run directories."""
 import contextlib
 import io
 import json
@@ -9,6 +9,7 @@ import tempfile
 import unittest
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "scripts"))
+import compare_runs  # noqa: E402
 import plot_runs  # noqa: E402
 import summary  # noqa: E402
 
@@ -136,6 +137,25 @@ class Scripts(unittest.TestCase):
                                                  for i in range(3)])
         self.assertIn("tokens/s (median step), MFU 40.0 %, full-rank equivalent (6N) 501 TFLOP/s, peak", self.run_script(self.summary_of, run("gpu", 0.2))[1])
         self.assertIn("tokens/s (median step), full-rank equivalent (6N) 501 TFLOP/s, peak", self.run_script(self.summary_of, run("cpu", None))[1])
+
+    def test_comparison_of_losses(self):
+        def run(name, losses, final):
+            return write_run(self.folder, name, [*(train(step, loss, 1.0) for step, loss in enumerate(losses, 1)), evaluation(len(losses), final)])
+
+        base = [5.0 - 0.1 * step for step in range(20)]
+        reference = run("reference", base, 2.0)
+        same, moved = run("same", base, 2.0), run("moved", [x + (0.25 if i == 14 else 0.0) for i, x in enumerate(base)], 2.5)
+        status, out, _ = self.run_script(compare_runs.main, [reference, same, moved])
+        self.assertEqual(status, 0)
+        first, second = out.split("moved against")
+        self.assertIn("the same bits in all 20 common steps", first)
+        self.assertIn("mean +0.00000, largest 0.00000", first)
+        self.assertIn("first different loss at step 15", second)
+        self.assertRegex(second, r"steps +1 to +10 +loss: mean \+0\.00000, largest 0\.00000")
+        self.assertRegex(second, r"steps +11 to +20 +loss: mean \+0\.02500, largest 0\.25000")
+        self.assertIn("validation loss at step 20: 2.0000 and 2.5000, perplexity 7.39 and 12.18", second)
+        status, _, err = self.run_script(compare_runs.main, [reference, os.path.join(self.folder, "absent")])
+        self.assertEqual((status, len(err.splitlines())), (1, 1))
 
 
 if __name__ == "__main__":
