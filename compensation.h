@@ -14,7 +14,8 @@ struct CompensationResult {
 // `rounds` times: Q ← NF4(Ŵ) (Ŵ = W first), B ← (1/s)·(W − deq(Q))·P⁺, Ŵ ← W − s·P·B; the round with the least error stays.
 // P⁺ = Pᵀ(P·Pᵀ)⁻¹ by Cholesky: p is deq(P_q), whose rows are not orthonormal. B is rounded to its storage type before it is judged.
 // rounds = 0: q = NF4(w), b = 0.
-// w: (out, in) f32, ld free (a multiple of 8, for the padding of which there is memory behind every row, is fastest), only read; p: (r, h) f32; b: (n, r) f32 or bf16, ld free; scale ≠ 0.
+// w: (out, in) f32, ld free, only read; where its ld is at least `in` rounded up to 8, every row, the last too, must have that many columns in
+// memory: products then take the padding along. p: (r, h) f32; b: (n, r) f32 or bf16, ld free; scale ≠ 0.
 // On a GPU the products with B run on tensor cores (bf16 residuals, TF32), which B's own rounding hides. Synchronizes.
 // Scratch: out·in + 2n·r + 2r·h fp32, and what nf4_quantize and pseudo_inverse take.
 CompensationResult quantize_with_compensation(Device& device, const Nf4Tensor& q, Tensor b, Tensor w, Tensor p, bool right, float scale, int rounds);

@@ -117,7 +117,7 @@ AttentionShape Llama::attention_shape(int64_t rows, int64_t seq) const {
 
 void Llama::upload_batch(const Batch& batch) {
     CHECK_INTERNAL(batch.rows * batch.seq <= capacity_, "micro-batch of %lld × %lld tokens", (long long)batch.rows, (long long)batch.seq);
-    auto upload = [&](Tensor t, const std::vector<int32_t>& v) { device_.upload(t.data, v.data(), int64_t(v.size() * sizeof(int32_t))); };
+    auto upload = [&](Tensor t, const std::vector<int32_t>& v) { device_.upload_async(t.data, v.data(), int64_t(v.size() * sizeof(int32_t))); };
     upload(batch_.tokens, batch.tokens), upload(batch_.targets, batch.targets);
     upload(batch_.order, batch.groups.order), upload(batch_.segment_begin, batch.groups.segment_begin);
     upload(batch_.group_begin, batch.groups.group_begin), upload(batch_.group_token, batch.groups.group_token);

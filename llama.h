@@ -41,9 +41,9 @@ class Llama {
     void initialize(const WeightSource& source);
 
     // Forward and backward of one micro-batch: gradients accumulate, Σ loss over counted targets goes to sums[slot] (device f64).
-    // loss_scale multiplies the gradient: 1/(counted targets of the whole step).
+    // loss_scale multiplies the gradient: 1/(counted targets of the whole step). Does not wait: the batch must live until the device is synchronized.
     void train(const Batch& batch, float loss_scale, double* sums, int64_t slot, const ProjectionPass& pass);
-    // Forward only.
+    // Forward only. The batch must live as for train.
     void evaluate(const Batch& batch, double* sums, int64_t slot);
     // Logits of the token after `tokens` (1 to seq_len of them), as fp32 on the host.
     std::vector<float> next_token_logits(const std::vector<int32_t>& tokens);

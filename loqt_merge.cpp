@@ -60,9 +60,10 @@ void LinearGroup::start_reinitialization(Device& device, int64_t step, const Wei
     ProfileLabel label(device, "merge");
     for (Linear& l : linears_) {
         if (!l.next_ready) continue;
-        // A source of weights keeps state and serves one thread, so first merges stay here; the plan counts the scratch of both places.
-        if (!device.workers() || source || device.dry()) reinitialize_one(device, l, step, source);
-        if (!device.workers() || source) continue;
+        // A source of weights keeps state and serves one thread, so first merges stay here. A dry device counts the scratch of both places.
+        bool here = !device.workers() || (source && !l.projected);
+        if (here || device.dry()) reinitialize_one(device, l, step, source);
+        if (here) continue;
         Device& helper = device.workers()->idle();
         device.workers()->start(helper, [this, &l, step](Device& d) { reinitialize_one(d, l, step, nullptr); });
     }

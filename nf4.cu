@@ -331,7 +331,7 @@ struct GroupGrid {  // the 8-column groups of a matrix
 
     explicit GroupGrid(const Tensor& t) : cols(t.cols), ld(t.ld), per_row(uint32_t(ceil_div(t.cols, 8))) {
         const int64_t groups = t.rows * per_row;
-        CHECK_INTERNAL(groups < (int64_t(1) << 32), "NF4 matrix of %lld elements", (long long)t.numel());
+        CHECK_INTERNAL(groups <= (int64_t(1) << 32) - kGroupsPerBlock, "NF4 matrix of %lld elements", (long long)t.numel());
         count = uint32_t(groups), blocks = unsigned(ceil_div(groups, kGroupsPerBlock));
     }
     // True if groups may begin anywhere within a code word and straddle two NF4 blocks.
@@ -576,6 +576,7 @@ void nf4_residual(Device& device, Tensor residual, Tensor w, const Nf4Tensor& q,
     check_shapes(q, w);
     CHECK_INTERNAL(w.dtype == DType::f32, "the residual of %s", safetensors_name(w.dtype));
     if (residual) check_shapes(q, residual);
+    if (q.numel() == 0) return device.zero(sums + slot, sizeof(double));
     ScratchScope scratch(device);
     // As many partial sums as a matrix with padded rows needs.
     double* partial = scratch.tensor("NF4 partial sums", DType::f64, 1, ceil_div(w.rows * ceil_div(w.cols, 8), kGroupsPerBlock) + 1).as<double>();

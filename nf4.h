@@ -36,6 +36,7 @@ void nf4_quantize(Device& device, const Nf4Tensor& q, Tensor w, int32_t* nonfini
 // w = deq(q), rounded to nearest in w's dtype (f32 or bf16). w: (rows, cols), ld free: columns ≥ cols of a padded w are left alone.
 void nf4_dequantize(Device& device, Tensor w, const Nf4Tensor& q);
 
-// residual = w − deq(q) in residual's dtype (f32 or bf16, to nearest), sums[slot] = Σ (w − deq(q))², fp64, fixed order. w: (rows, cols) f32.
+// residual = w − deq(q) in residual's dtype (f32 or bf16, to nearest), sums[slot] = Σ (w − deq(q))², fp64 (on a GPU of fp32 sums of eight),
+// fixed order. w: (rows, cols) f32.
 // residual: (rows, cols) or empty, if only the sum is wanted; not w. Padding is left alone. sums: device f64. Scratch: partial sums.
 void nf4_residual(Device& device, Tensor residual, Tensor w, const Nf4Tensor& q, double* sums, int64_t slot);

@@ -25,9 +25,8 @@ int64_t memory_budget(const Config& config, const Device* device);
 // For a resolved micro-batch and resolved train.effective_weights.
 MemoryPlan plan_memory(const Config& config, DeviceKind kind, int workers = 0);
 
-// Chooses train.micro_batch and train.effective_weights where they are auto, and whether merges have workers, within `budget` bytes (0 = no
-// limit), and writes the first two
-// into the configuration. Throws UserError if not even the smallest fits, saying what would make it fit.
+// Chooses train.micro_batch and train.effective_weights where they are auto, and how many workers merges have, within `budget` bytes (0 = no
+// limit); writes the first two into the configuration. Throws UserError if not even the smallest fits, saying what would make it fit.
 MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget);
 
 // The plan as a table for people.

@@ -89,7 +89,7 @@ Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, b
     for (const std::string& change : changes) changed += (changed.empty() ? "" : ", ") + change;
     metrics_->write(resume ? "resume" : "start",
                     {{"step", step_}, {"device", device_.name()}, {"method", config_.method.name}, {"parameters", parameter_count(config_)},
-                     {"micro_batch", config_.train.micro_batch}, {"effective_weights", config_.train.effective_weights},
+                     {"micro_batch", config_.train.micro_batch}, {"effective_weights", config_.train.effective_weights}, {"merge_workers", int64_t(plan.workers)},
                      {"peak_tflops", peak_.flops > 0 ? peak_.flops * 1e-12 : NAN}, {"peak_source", peak_.source},
                      {"train_tokens", int64_t(train_data_->tokens())}, {"planned_bytes", planned_bytes_}, {"changed", changed}});
     progress_->note(format("%s: %s, %s parameters, %s on %s", config_.run.dir.c_str(), resume ? format("resumed at step %lld", (long long)step_).c_str() : "new run",
@@ -278,6 +278,7 @@ void Trainer::run() {
 
 std::unique_ptr<Llama> load_trained_model(Config& config, Device& device) {
     config.train.micro_batch = 1;
+    device.time_products(false);  // every token of a sample makes a new shape
     CheckpointFile file = newest_checkpoint(config);
     auto model = std::make_unique<Llama>(config, device, false);
     model->allocate();

@@ -21,10 +21,11 @@ StepGradients accumulate_gradients(Device& device, Llama& model, StepSums& sums,
         model.train(batches[i], loss_scale, sums.losses(), i, pass);
     }
     StepGradients result;
-    if (device.workers()) {
+    if (pass.active && device.workers()) {
+        device.synchronize();  // the backward pass itself
         double begin = wall_seconds();
         device.workers()->finish();
-        result.waited = wall_seconds() - begin;
+        result.waited = wall_seconds() - begin + device.workers()->take_waited();
     }
     double loss_sum = 0;
     sums.read(model, count, &loss_sum, &result.norm);

@@ -9,7 +9,7 @@ ProjectionPass projection_pass(const Config& config, int64_t step, bool merges);
 struct StepGradients {
     double loss = 0;  // mean over the counted targets of all micro-batches, nats
     double norm = 0;  // ‖gradient‖ over all parameters, before clipping
-    double waited = 0;  // seconds for projections that were not done when the backward pass was
+    double waited = 0;  // seconds that the backward pass and its end waited for projections on workers
 };
 
 // Forward and backward over the micro-batches of one step. Leaves the gradient of that mean loss in the parameters, and on a merge step the

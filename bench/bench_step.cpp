@@ -152,8 +152,8 @@ class Run {
   private:
     Config config_;
     Device& device_;
-    std::unique_ptr<Workers> workers_;
     Llama model_;
+    std::unique_ptr<Workers> workers_;  // after the model, which their jobs use
     StepSums sums_;
     std::vector<Batch> batches_;
     int64_t step_ = 0;

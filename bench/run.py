@@ -20,6 +20,7 @@ from report import markdown
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Sequences per pass that the peer is tried with. What does not fit is passed over.
 PEER_MICRO_BATCHES = {"60m": [512, 256], "130m": [512, 256], "350m": [256, 128], "1b": [128, 64]}
+MODEL_KEYS = {"hidden", "intermediate", "heads", "kv_heads", "layers", "vocab"}
 QUICK = ["--steps", "4", "--merges", "0", "--profile", "0"]  # for choosing a micro-batch
 
 
@@ -73,7 +74,7 @@ def ours(args, preset, method):
     micro_batch, top = best["micro_batch"], best["tokens_per_s"]
     while not args.micro_batch and micro_batch % 2 == 0 and len(tried) < args.sweep:
         trial = bench_step(args, preset, method, QUICK + ["--train.micro_batch", str(micro_batch // 2)])
-        if "error" in trial:
+        if "error" in trial or trial["micro_batch"] in tried:
             break
         micro_batch = trial["micro_batch"]
         tried[micro_batch] = trial["tokens_per_s"]
@@ -97,10 +98,12 @@ def peer(args, preset, run):
     probe = subprocess.run([python, "-c", "import torch"], capture_output=True, text=True)
     if probe.returncode:
         return {"error": f"{python} has no PyTorch"}
+    if any(o.split("=")[0].lstrip("-").split(".")[-1].replace("-", "_") in MODEL_KEYS for o in args.overrides):
+        return {"error": "the model was changed after --, which the peer does not know"}
     batch = run["batch"]
     candidates = args.peer_micro_batches or PEER_MICRO_BATCHES.get(preset, [batch] if batch <= 64 else [128, 64])
     candidates = [m for m in candidates if batch % m == 0] or [batch]
-    command = [python, os.path.join(ROOT, "bench", "peer_torch.py"), "--config", config_path(preset), "--device", "cuda" if run["gpu"] else "cpu",
+    command = [python, os.path.join(ROOT, "bench", "peer_torch.py"), "--config", config_path(preset), "--device", args.device if args.device.startswith("cuda") else "cuda" if run["gpu"] else "cpu",
                "--batch", str(batch), "--seq-len", str(run["seq_len"]), "--micro-batches", ",".join(map(str, candidates)),
                "--steps", str(args.steps), "--seconds", str(args.seconds), "--kinds", args.peer_kinds, "--attention", args.peer_attention]
     if args.peer_compile:

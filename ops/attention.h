@@ -12,8 +12,8 @@ struct AttentionShape {
 // lse: (1, batch·heads·seq) f32, natural-log sum of exp of the scaled scores, index (b·heads + h)·seq + t. scale = 1/sqrt(head_dim).
 void attention_forward(Device& device, Tensor o, Tensor lse, Tensor qkv, const AttentionShape& shape);
 
-// dqkv: like qkv, written (=). d_o, o: like o. Scratch: batch·heads·seq fp32 (row sums of dO∘O), and on cuda partial sums of dQ: at most
-// about 25 MB times heads/kv_heads, however large the batch.
+// dqkv: like qkv, written (=). d_o, o: like o. Scratch: batch·heads·seq fp32 (row sums of dO∘O), and on cuda partial sums of dQ: about
+// 21 MB plus dQ of two key heads in fp32, times heads/kv_heads, however large the batch.
 // rope: empty, or the f32 table of ops/rope.h (≥ seq, head_dim) that q and k were rotated by. With it dq and dk are rotated back on
 // their way out: the same bits as rope_inplace(…, inverse = true) on dqkv afterwards, without its trip through memory.
 void attention_backward(Device& device, Tensor dqkv, Tensor d_o, Tensor qkv, Tensor o, Tensor lse, const AttentionShape& shape, Tensor rope = {});

@@ -17,7 +17,7 @@ struct Lane {
     int g = lane / 4, t = lane % 4;
 };
 
-// Where the q, k, v of one sequence begin, and the stride between rows (all three share the rows of qkv).
+// One head's columns of q, k, v or dO in one sequence, and the stride between rows.
 struct Strided {
     const bf16* data;
     int ld;

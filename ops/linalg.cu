@@ -121,6 +121,7 @@ void cholesky_cuda(const CudaContext& cuda, Tensor a, Tensor workspace, std::vec
     if (host.size() < host_bytes) host.resize(host_bytes);
     CUSOLVER_CHECK(cusolverDnXpotrf(cuda.solver, cuda.solver_params, CUBLAS_FILL_MODE_LOWER, a.rows, CUDA_R_32F, a.data, a.ld, CUDA_R_32F,
                                     workspace.data, device_bytes, host.data(), host_bytes, info));
+    if (host_bytes) CUDA_CHECK(cudaStreamSynchronize(cuda.stream));  // the host's part of the work must outlive the call
 }
 
 void solve_factor_cuda(const CudaContext& cuda, Tensor y, Tensor factor, Op op) {

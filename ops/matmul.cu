@@ -89,6 +89,7 @@ struct CublasLtPlan {
     cublasLtMatmulDescOpaque_t operation;
     cublasLtMatrixLayoutOpaque_t a, b, c, d;
     std::vector<cublasLtMatmulAlgo_t> candidates;  // one left: the choice is made
+    int trials = 0;                                // that ended without one
 };
 using CublasLtPlanKey = std::array<int64_t, 18>;
 struct CublasLtPlans {
@@ -150,17 +151,23 @@ std::unique_ptr<CublasLtPlan> make_plan(const CudaContext& cuda, const Product& 
     throw InternalError("cuBLASLt has no algorithm for " + p.describe() + ": " + cublasGetStatusString(status));
 }
 
+cublasStatus_t try_algorithm(const CudaContext& cuda, const Product& p, CublasLtPlan& plan, const cublasLtMatmulAlgo_t& algorithm, float beta) {
+    return cublasLtMatmul(cuda.blaslt, &plan.operation, &p.alpha, p.b.data, &plan.a, p.a.data, &plan.b, &beta, p.c.data, &plan.c, p.d.data, &plan.d,
+                          &algorithm, cuda.workspace, cuda.workspace_bytes, cuda.stream);
+}
+
 void run_algorithm(const CudaContext& cuda, const Product& p, CublasLtPlan& plan, const cublasLtMatmulAlgo_t& algorithm, float beta) {
-    cublasStatus_t status = cublasLtMatmul(cuda.blaslt, &plan.operation, &p.alpha, p.b.data, &plan.a, p.a.data, &plan.b, &beta, p.c.data,
-                                           &plan.c, p.d.data, &plan.d, &algorithm, cuda.workspace, cuda.workspace_bytes, cuda.stream);
+    cublasStatus_t status = try_algorithm(cuda, p, plan, algorithm, beta);
     if (status != CUBLAS_STATUS_SUCCESS) throw InternalError("cublasLtMatmul failed for " + p.describe() + ": " + cublasGetStatusString(status));
 }
+
+constexpr int kMostTrials = 8;
 
 // Smaller products are over before a better kernel could matter.
 bool worth_tuning(const Product& p) { return 2.0 * double(p.m) * double(p.n) * double(p.k) >= 1e9; }
 
-// What a matrix holds, for comparing results without keeping them: a 64-bit hash of position and bits, and how many elements are not
-// zero. Integer sums do not depend on their order.
+// What a matrix holds, for comparing results without keeping them: a 64-bit hash of position and bits, and how many elements are finite
+// and not zero. Integer sums do not depend on their order.
 struct Fingerprint {
     unsigned long long hash, nonzero;
     bool operator==(const Fingerprint& other) const { return hash == other.hash && nonzero == other.nonzero; }
@@ -174,7 +181,7 @@ template <class T> __global__ void fingerprint_kernel(Fingerprint* out, const T*
             unsigned long long x = (uint64_t(r * cols + c) << 32 ^ bits) * 0x9E3779B97F4A7C15ull;  // splitmix64's finalizer
             x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9ull;
             hash += (x ^ x >> 27) * 0x94D049BB133111EBull;
-            nonzero += (bits << 1) != 0;
+            nonzero += (bits << 1) != 0 && (bits & 0x7f800000u) != 0x7f800000u;
         }
     atomicAdd(&out->hash, hash);
     atomicAdd(&out->nonzero, nonzero);
@@ -214,8 +221,9 @@ double time_algorithm(const CudaContext& cuda, const Product& p, CublasLtPlan& p
 }
 
 // The fastest of the plan's candidates among those whose result has the bits of the first one's becomes the only one. D serves as the
-// place for trial results; where it is also C it is kept on the host meanwhile. Operands of mostly zeros (B before it has learned
-// anything) would make all results equal: then the choice is left to a later call, and nothing is lost, since the bits are the same.
+// place for trial results; where it is also C it is kept on the host meanwhile. Operands of zeros (B before it has learned
+// anything) or NaN would make all results equal: then the choice is left to a later call, and nothing is lost, since the bits are the same.
+// A result that stays mostly zeros ends the search after some trials.
 void choose_algorithm(const CudaContext& cuda, const Product& p, CublasLtPlan& plan) {
     const bool in_place = p.beta != 0 && p.c.data == p.d.data;
     const size_t element = size_t(size_of(p.d.dtype)), width = size_t(p.d.cols) * element, pitch = size_t(p.d.ld) * element, rows = size_t(p.d.rows);
@@ -231,15 +239,18 @@ void choose_algorithm(const CudaContext& cuda, const Product& p, CublasLtPlan& p
         return result;
     };
     Fingerprint first = result_of(plan.candidates[0]);
-    if (first.nonzero >= uint64_t(p.m * p.n) / 4 * 3) {
+    if (first.nonzero >= uint64_t(p.m * p.n) / 4) {
         double best = time_algorithm(cuda, p, plan, plan.candidates[0]);
         cublasLtMatmulAlgo_t chosen = plan.candidates[0];
         for (size_t i = 1; i < plan.candidates.size(); ++i) {
-            if (!(result_of(plan.candidates[i]) == first)) continue;
+            // The library may refuse at run time what its heuristic offered.
+            if (try_algorithm(cuda, p, plan, plan.candidates[i], 0.0f) != CUBLAS_STATUS_SUCCESS || !(result_of(plan.candidates[i]) == first)) continue;
             double seconds = time_algorithm(cuda, p, plan, plan.candidates[i]);
             if (seconds < best) best = seconds, chosen = plan.candidates[i];
         }
         plan.candidates.assign(1, chosen);
+    } else if (first.nonzero && ++plan.trials == kMostTrials) {
+        plan.candidates.erase(plan.candidates.begin() + 1, plan.candidates.end());  // sparse by nature, such as gradients of rows of padding
     }
     if (in_place) {
         CUDA_CHECK(cudaMemcpy2DAsync(p.d.data, pitch, kept.data(), width, width, rows, cudaMemcpyHostToDevice, cuda.stream));

@@ -43,7 +43,8 @@ std::unique_ptr<CudaContext> open_cuda(int ordinal) {
     CUSOLVER_CHECK(cusolverDnSetDeterministicMode(context->solver, CUSOLVER_DETERMINISTIC_RESULTS));
     CUSOLVER_CHECK(cusolverDnCreateParams(&context->solver_params));
     context->workspace_bytes = size_t(kBlasWorkspace);
-    CUDA_CHECK(cudaMalloc(&context->workspace, context->workspace_bytes));
+    if (cudaMalloc(&context->workspace, context->workspace_bytes) != cudaSuccess)
+        throw UserError(format("not enough memory on %s for the workspace of cuBLAS (%lld MiB); another program holds it", context->properties.name, (long long)(kBlasWorkspace >> 20)));
     CUBLAS_CHECK(cublasSetWorkspace(context->blas, context->workspace, context->workspace_bytes));
     return context;
 }
@@ -220,11 +221,14 @@ int64_t Device::process_peak_bytes() const {
 }
 
 void Device::upload(void* device_dst, const void* host_src, int64_t bytes) {
+    upload_async(device_dst, host_src, bytes);
+    synchronize();
+}
+
+void Device::upload_async(void* device_dst, const void* host_src, int64_t bytes) {
     if (dry_ || bytes == 0) return;
 #ifdef WITH_CUDA
     if (is_cuda()) {
-        // From pageable memory: the bytes are staged before the call returns, so there is nothing to wait for. (CUDA Runtime API,
-        // "API synchronization behavior".)
         CUDA_CHECK(cudaMemcpyAsync(device_dst, host_src, bytes, cudaMemcpyHostToDevice, cuda_->stream));
         return;
     }
@@ -264,6 +268,13 @@ void Device::zero(void* dst, int64_t bytes) {
     }
 #endif
     std::memset(dst, 0, bytes);
+}
+
+void Device::time_products(bool worth_it) {
+    (void)worth_it;
+#ifdef WITH_CUDA
+    if (cuda_) cuda_->times_products = worth_it;
+#endif
 }
 
 void Device::synchronize() {

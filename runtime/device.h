@@ -48,6 +48,8 @@ class Device {
     // Not owned; null: whatever could be given to another thread is done at once.
     Workers* workers() const { return workers_; }
     void attach_workers(Workers* workers) { workers_ = workers; }
+    // Whether products of a new shape are worth timing (ops/matmul.h): not where hardly any shape comes twice. Changes no result.
+    void time_products(bool worth_it);
 
     // Memory. A failed allocation throws UserError naming `what` and the bytes, with the table of what is held.
     void* allocate(int64_t bytes, const std::string& what);
@@ -57,6 +59,8 @@ class Device {
 
     // Copies and fills in stream order; upload/download return when the host memory may be reused/read.
     void upload(void* device_dst, const void* host_src, int64_t bytes);
+    // Without waiting: the host memory must stay as it is until the next synchronize or download.
+    void upload_async(void* device_dst, const void* host_src, int64_t bytes);
     void download(void* host_dst, const void* device_src, int64_t bytes);
     void copy(void* dst, const void* src, int64_t bytes);
     void zero(void* dst, int64_t bytes);

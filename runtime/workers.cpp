@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "runtime/metrics.h"
+
 Workers::Workers(Device& device, int count, int64_t scratch_bytes) : device_(device) {
     CHECK_INTERNAL(count > 0 && !device.workers(), "%d workers, or the device has some already", count);
     for (int i = 0; i < count; ++i) {
@@ -11,13 +13,22 @@ Workers::Workers(Device& device, int count, int64_t scratch_bytes) : device_(dev
         workers_.back()->device = device.fork();
         workers_.back()->device->reserve_scratch(scratch_bytes);
     }
-    if (!device.dry())
-        for (auto& worker : workers_) worker->thread = std::thread([this, &worker = *worker] { serve(worker); });
+    try {
+        if (!device.dry())
+            for (auto& worker : workers_) worker->thread = std::thread([this, &worker = *worker] { serve(worker); });
+    } catch (...) {  // no more threads to be had: end those that there are
+        close();
+        throw;
+    }
     device.attach_workers(this);
 }
 
 Workers::~Workers() {
     device_.attach_workers(nullptr);
+    close();
+}
+
+void Workers::close() {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         closing_ = true;
@@ -49,6 +60,7 @@ void Workers::serve(Worker& worker) {
 }
 
 Device& Workers::idle() {
+    double begin = wall_seconds();
     std::unique_lock<std::mutex> lock(mutex_);
     Worker* found = nullptr;
     changed_.wait(lock, [&] {
@@ -56,8 +68,11 @@ Device& Workers::idle() {
             if (!worker->job && !found) found = worker.get();
         return found != nullptr;
     });
+    waited_ += wall_seconds() - begin;
     return *found->device;
 }
+
+double Workers::take_waited() { return std::exchange(waited_, 0.0); }
 
 void Workers::start(Device& helper, Job job) {
     auto it = std::find_if(workers_.begin(), workers_.end(), [&](auto& worker) { return worker->device.get() == &helper; });

@@ -31,6 +31,8 @@ class Workers {
     int count() const { return int(workers_.size()); }
     // The fork of an idle worker; waits until there is one. Only the thread that owns `device` may ask.
     Device& idle();
+    // Seconds that idle() has waited since the last call.
+    double take_waited();
     // Runs job(helper) once all that is queued on `device` now is done. helper: from idle(). The job is destroyed when it has ended.
     void start(Device& helper, Job job);
     // Returns when all jobs have ended and what they queued is done. Throws what a job has thrown (the first).
@@ -45,6 +47,7 @@ class Workers {
         std::thread thread;
     };
     void serve(Worker& worker);
+    void close();
 
     Device& device_;
     std::vector<std::unique_ptr<Worker>> workers_;
@@ -52,4 +55,5 @@ class Workers {
     std::condition_variable changed_;
     std::exception_ptr failure_;
     bool closing_ = false;
+    double waited_ = 0;
 };

@@ -8,7 +8,6 @@ norm, the first step whose loss differs at all, and the validation losses at the
 """
 import argparse
 import math
-import os
 import sys
 
 from summary import read_events

@@ -11,7 +11,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.join(ROOT, "bench"))
 import report  # noqa: E402
 
-BINARY = next((p for p in (os.path.join(ROOT, folder, "bench_step") for folder in ("build", "build-cpu")) if os.path.exists(p)), None)
+BUILT = [p for p in (os.path.join(ROOT, folder, "bench_step") for folder in ("build", "build-cpu")) if os.path.exists(p)]
+BINARY = max(BUILT, key=os.path.getmtime, default=None)  # the one that was just built
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive")
 
 

@@ -4,7 +4,12 @@
 #include <sstream>
 
 #include "flops.h"
+#include "llama.h"
+#include "ops/embedding.h"
+#include "runtime/workers.h"
 #include "test/support.h"
+#include "training_step.h"
+#include "weight_source.h"
 
 namespace {
 
@@ -91,4 +96,52 @@ TEST_CASE("plan: effective weights are kept where they fit, else in the form tha
     full.method.name = "full", full.train.micro_batch = 64;
     choose_plan(full, DeviceKind::cuda, 0);
     CHECK(full.train.effective_weights == "rebuilt");
+}
+
+TEST_CASE("plan: merges have four workers where they fit, else two, else none", "[plan]") {
+    auto workers = [](DeviceKind kind, int64_t budget) {
+        Config c = preset("1b");
+        c.train.micro_batch = 8, c.train.effective_weights = "rebuilt";
+        return choose_plan(c, kind, budget).workers;
+    };
+    Config c = preset("1b");
+    c.train.micro_batch = 8, c.train.effective_weights = "rebuilt";
+    int64_t alone = plan_memory(c, DeviceKind::cuda).total, two = plan_memory(c, DeviceKind::cuda, 2).total, four = plan_memory(c, DeviceKind::cuda, 4).total;
+    CHECK(alone < two);
+    CHECK(two - alone < four - alone);
+    CHECK(workers(DeviceKind::cuda, 0) == 4);
+    CHECK(workers(DeviceKind::cuda, four) == 4);
+    CHECK(workers(DeviceKind::cuda, four - 1) == 2);
+    CHECK(workers(DeviceKind::cuda, two - 1) == 0);
+    CHECK(workers(DeviceKind::cpu, 0) == 0);
+}
+
+TEST_CASE("plan: a merge by workers stays within the scratch planned for them", "[plan]") {
+    Config c = preset("tiny");
+    c.train.batch = c.train.micro_batch = 2, c.train.seq_len = 32;
+    for (const char* projection : {"gram", "subspace"}) {
+        INFO(projection);
+        c.method.projection = projection;
+        MemoryPlan plan = plan_memory(c, DeviceKind::cpu, 2);
+        auto device = Device::open("cpu");
+        Llama model(c, *device, true);
+        model.allocate();
+        device->reserve_scratch(plan.scratch);
+        Workers workers(*device, plan.workers, plan.worker_scratch);  // exactly what was planned: one byte more is an error
+        WeightSource source = random_weights(c);
+        model.initialize(source);
+        StepSums sums(*device, model, c);
+        std::mt19937_64 rng(3);
+        for (int64_t step = 0; step < 3; ++step) {
+            Batch batch;
+            batch.rows = 2, batch.seq = 32, batch.valid_targets = 64;
+            for (int i = 0; i < 64; ++i) batch.tokens.push_back(int32_t(rng() % uint64_t(c.model.vocab))), batch.targets.push_back(int32_t(rng() % uint64_t(c.model.vocab)));
+            batch.groups = group_tokens(batch.tokens.data(), 64, c.model.vocab);
+            accumulate_gradients(*device, model, sums, {batch}, projection_pass(c, step, true));
+            MergeStatistics merged = model.merge(step, step ? nullptr : &source);
+            CHECK(merged.failed == 0);
+        }
+        CHECK(workers.scratch_high_water() <= plan.worker_scratch);
+        CHECK(workers.scratch_high_water() > 0);
+    }
 }

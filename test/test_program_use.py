@@ -156,7 +156,7 @@ class MistakeTest(ProgramTest):
 
 class MetricsTest(ProgramTest):
     KEYS = {
-        "start": "step device method parameters peak_tflops peak_source train_tokens planned_bytes",
+        "start": "step device method parameters merge_workers peak_tflops peak_source train_tokens planned_bytes",
         "train": "step loss lr grad_norm tokens tokens_per_s mfu full_rank_equivalent_tflops step_ms memory_bytes",
         "eval": "step loss perplexity tokens",
         "merge": "step seconds quant_error captured_energy",

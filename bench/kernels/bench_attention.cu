@@ -1,8 +1,7 @@
 // Time of the attention kernels on one GPU, after a comparison with the CPU form. Prints the median of 20 runs in ms and TFLOP/s
 // by the convention of the FlashAttention papers: 4·batch·heads·seq²·head_dim, halved for causal, backward 2.5 times that.
 // bench/peer_attention.py times PyTorch's on the same shapes.
-//   nvcc -std=c++17 -O3 -I. -DWITH_CUDA -arch=sm_90 -Xcompiler -fopenmp bench/kernels/bench_attention.cu ops/attention.cu ops/rope.cu
-//        runtime/device.cu runtime/profile.cu -o bench_attention -lcublas -lcublasLt -lcusolver      (sm_80 for A100, sm_89 for Ada)
+//   make build/bench_attention && build/bench_attention [tokens columns]
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

@@ -1,5 +1,5 @@
 // Cross-entropy: time and bandwidth on one GPU, see bench.h.
-//   make bench/kernels/bench_cross_entropy && bench/kernels/bench_cross_entropy
+//   make build/bench_cross_entropy && build/bench_cross_entropy
 #include "bench/kernels/bench.h"
 #include "ops/cross_entropy.h"
 

@@ -1,5 +1,5 @@
 // Conversions, sums and the global gradient norm: time and bandwidth on one GPU, see bench.h.
-//   make bench/kernels/bench_elementwise && bench/kernels/bench_elementwise
+//   make build/bench_elementwise && build/bench_elementwise
 #include "bench/kernels/bench.h"
 #include "ops/elementwise.h"
 

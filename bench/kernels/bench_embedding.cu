@@ -1,5 +1,5 @@
 // Token embedding: time and bandwidth on one GPU, see bench.h. Tokens follow Zipf's law, as those of text do.
-//   make bench/kernels/bench_embedding && bench/kernels/bench_embedding
+//   make build/bench_embedding && build/bench_embedding
 #include "bench/kernels/bench.h"
 #include "ops/embedding.h"
 

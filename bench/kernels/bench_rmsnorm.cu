@@ -1,5 +1,5 @@
 // RMSNorm: time and bandwidth on one GPU, see bench.h.
-//   make bench/kernels/bench_rmsnorm && bench/kernels/bench_rmsnorm
+//   make build/bench_rmsnorm && build/bench_rmsnorm
 #include "bench/kernels/bench.h"
 #include "ops/rmsnorm.h"
 

@@ -1,5 +1,5 @@
 // Rotary position embedding: time and bandwidth on one GPU, see bench.h.
-//   make bench/kernels/bench_rope && bench/kernels/bench_rope
+//   make build/bench_rope && build/bench_rope
 #include "bench/kernels/bench.h"
 #include "ops/rope.h"
 

@@ -1,5 +1,5 @@
 // SwiGLU: time and bandwidth on one GPU, see bench.h.
-//   make bench/kernels/bench_swiglu && bench/kernels/bench_swiglu
+//   make build/bench_swiglu && build/bench_swiglu
 #include "bench/kernels/bench.h"
 #include "ops/swiglu.h"
 
