@@ -11,12 +11,12 @@ namespace {
 // Numbers come in pairs, and a pair is the unit of work: pair k covers the elements 2k − odd and 2k − odd + 1, odd = begin % 2.
 
 // The numbers of pair k, of which those within 0 … numel − 1 are stored.
-template <class Cursor> HOST_DEVICE void fill_pair(Cursor at, int64_t numel, int64_t k, float deviation, uint64_t seed, uint32_t stream, uint64_t begin) {
+HOST_DEVICE void fill_pair(const FlatMatrix<float>& x, int64_t k, float deviation, uint64_t seed, uint32_t stream, uint64_t begin) {
     float first, second;
     normal_pair(seed, stream, (begin >> 1) + uint64_t(k), first, second);
     const int64_t element = 2 * k - int64_t(begin & 1);
-    if (element >= 0) *at(element) = deviation * first;
-    if (element + 1 < numel) *at(element + 1) = deviation * second;
+    if (element >= 0) *FlatCursor<float>(x, element) = deviation * first;
+    if (element + 1 < x.numel) *FlatCursor<float>(x, element + 1) = deviation * second;
 }
 
 int64_t pairs_of(int64_t numel, uint64_t begin) { return ceil_div(numel + int64_t(begin & 1), 2); }
@@ -24,8 +24,7 @@ int64_t pairs_of(int64_t numel, uint64_t begin) { return ceil_div(numel + int64_
 void fill_normal_cpu(FlatMatrix<float> x, float deviation, uint64_t seed, uint32_t stream, uint64_t begin) {
     const int64_t pairs = pairs_of(x.numel, begin);
 #pragma omp parallel for
-    for (int64_t k = 0; k < pairs; ++k)
-        fill_pair([&](int64_t i) { return FlatCursor<float>(x, i).pointer(); }, x.numel, k, deviation, seed, stream, begin);
+    for (int64_t k = 0; k < pairs; ++k) fill_pair(x, k, deviation, seed, stream, begin);
 }
 
 void fill_cpu(FlatMatrix<float> x, float value) {
@@ -39,7 +38,7 @@ constexpr int kThreads = 256;
 __global__ void __launch_bounds__(kThreads)
     fill_normal_kernel(FlatMatrix<float> x, int64_t pairs, float deviation, uint64_t seed, uint32_t stream, uint64_t begin) {
     const int64_t k = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (k < pairs) fill_pair([&](int64_t i) { return FlatCursor<float>(x, i).pointer(); }, x.numel, k, deviation, seed, stream, begin);
+    if (k < pairs) fill_pair(x, k, deviation, seed, stream, begin);
 }
 
 void fill_normal_cuda(CudaContext& cuda, FlatMatrix<float> x, float deviation, uint64_t seed, uint32_t stream, uint64_t begin) {
