@@ -99,15 +99,14 @@ def markdown(report):
     if runs:
         first = runs[0][2]
         text += f", {first['device']}" + (f", PyTorch {', '.join(sorted(torch))}" if torch else "")
-        ceilings = [(run["product_flops"], run["copy_bytes_per_s"]) for _, _, run in runs]
-        text += (f"; ceilings measured in the same runs: {max(c[0] for c in ceilings) / 1e12:,.3g} TFLOP/s ({'bf16' if first['gpu'] else 'fp32'} product), "
-                 f"{max(c[1] for c in ceilings) / 1e9:,.0f} GB/s (copy, read + write)")
         if first["peak_source"]:
             text += f"; MFU against {first['peak_flops'] / 1e12:,.0f} TFLOP/s ({first['peak_source']})"
     text += f".\n`{report['command']}`\n\n" + speed(report) + "\n" + details(report) + "\n" + peers(report)
     for preset, method, run in runs:
         if "profile" in run:
-            text += f"\nOne step of {preset} by {method}, {1e3 * run['profile']['step_seconds']:.1f} ms under the profiler:\n\n" + breakdown(run)
+            text += (f"\nOne step of {preset} by {method}, {1e3 * run['profile']['step_seconds']:.1f} ms under the profiler; ceilings measured in the same process: "
+                     f"{run['product_flops'] / 1e12:,.3g} TFLOP/s ({'bf16' if run['gpu'] else 'fp32'} product), {run['copy_bytes_per_s'] / 1e9:,.0f} GB/s (copy, read + write)\n\n"
+                     + breakdown(run))
     return text
 
 

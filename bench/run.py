@@ -24,6 +24,10 @@ MODEL_KEYS = {"hidden", "intermediate", "heads", "kv_heads", "layers", "vocab"}
 QUICK = ["--steps", "4", "--merges", "0", "--profile", "0"]  # for choosing a micro-batch
 
 
+# Without it idle OpenMP threads spin at length, which ruins times on a CPU that others use. For both sides.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def gpu_there():
     try:
         return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
@@ -132,7 +136,7 @@ def parse_arguments(argv):
     parser.add_argument("--methods", default="loqt,full", help="ours to run [loqt,full]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument("--steps", type=int, default=30, help="timed steps at most [30]")
-    parser.add_argument("--seconds", type=float, default=4, help="end timing after this long, five steps at least [4]")
+    parser.add_argument("--seconds", type=float, default=4, help="end timing after this long, but not before five steps (or --steps, if fewer) [4]")
     parser.add_argument("--merges", type=int, default=2, help="timed merges in each projection mode; 0 = none [2]")
     parser.add_argument("--profile", type=int, default=2, help="steps to break down by operation; 0 = none [2]")
     parser.add_argument("--micro-batch", type=int, help="ours, instead of trying")
