@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model: set up, build for this machine, turn real English text into tokens, train the tiny preset with LoQT,
-# print a sample. Two cores take about three minutes, most of them to build. Safe to run again: what is done is not done twice.
+# print a sample. Two idle cores take a minute and a half. Safe to run again: what is done is not done twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 say() { printf '\n== %s\n' "$*"; }
