@@ -271,9 +271,13 @@ void Trainer::run() {
         double rate = double(steps_here_ * config_.train.batch * config_.train.seq_len) / training_seconds_;
         progress_->note(format("mean speed, merges included: %s tok/s%s", human_count(rate).c_str(), peak_.flops > 0 ? (", " + utilization(rate)).c_str() : ""));
     }
-    progress_->note(finished ? format("done: %lld steps in %s, final checkpoint %s", (long long)step_, human_duration(wall_seconds() - started_).c_str(),
-                                      checkpoint_path(checkpoint_folder(config_), step_).c_str())
-                             : format("stopped after step %lld; state saved, --resume continues exactly here", (long long)step_));
+    if (!finished) {
+        progress_->note(format("stopped after step %lld; state saved, --resume continues exactly here", (long long)step_));
+        return;
+    }
+    std::string path = checkpoint_path(checkpoint_folder(config_), step_), took = human_duration(wall_seconds() - started_);
+    if (steps_here_) progress_->note(format("done: %lld steps in %s, final checkpoint %s", (long long)step_, took.c_str(), path.c_str()));
+    else progress_->note(format("already finished: %lld steps, final checkpoint %s", (long long)step_, path.c_str()));
 }
 
 std::unique_ptr<Llama> load_trained_model(Config& config, Device& device) {

@@ -71,7 +71,7 @@ bool Device::cuda_usable(std::string* why_not) {
     }
     return true;
 #else
-    if (why_not) *why_not = "this binary was built without CUDA; install the CUDA Toolkit and run make again";
+    if (why_not) *why_not = "this binary was built without CUDA; run make where the CUDA Toolkit is installed";
     return false;
 #endif
 }

@@ -145,8 +145,9 @@ class KillTest(ProgramTest):
     def test_a_finished_run_has_nothing_to_resume(self):
         name = self.train()
         before = series(name), checkpoints(name)
-        self.succeed("--resume", "--run.dir", name)
+        again = self.succeed("--resume", "--run.dir", name)
         self.assertEqual((series(name), checkpoints(name)), before)
+        self.assertIn("already finished: ", again.stdout)
 
 
 class DamageTest(ProgramTest):
