@@ -133,8 +133,8 @@ MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget) {
             if (!fits(plan)) continue;
             config = trial;
             if (!config.low_rank()) return plan;
-            trial.train.effective_weights = "cached";
             if (choose_way) {
+                trial.train.effective_weights = "cached";
                 MemoryPlan cached = plan_memory(trial, kind);
                 if (fits(cached)) plan = cached, config = trial;
             }

@@ -88,7 +88,7 @@ TEST_CASE("plan: effective weights are kept where they fit, else in the form tha
         return c.train.effective_weights;
     };
     CHECK(way("60m", 64, 40) == "cached");
-    // 7B in 24 GiB has no room for 12 GiB of effective weights; the break-even is near 3,000 tokens (docs/algorithm.md).
+    // 7B in 24 GiB has no room for 12 GiB of effective weights; 2,048 tokens are below m·n/(m+n) of its MLP, 2,985 (docs/algorithm.md).
     CHECK(way("7b", 8, 24) == "factored");
     CHECK(way("1b", 1, 13) == "factored");
     CHECK(way("1b", 16, 17) == "rebuilt");

@@ -11,10 +11,7 @@
 #include <random>
 #include <vector>
 
-#include "runtime/cuda_context.h"
-#include "runtime/device.h"
-
-constexpr int kRuns = 20, kWarmUp = 3;
+#include "bench/kernels/timing.h"
 
 struct ModelShape {
     const char* name;
@@ -112,23 +109,10 @@ class Bench {
 
     // Median seconds per call.
     template <class F> double seconds(F work, int calls) {
-        cudaEvent_t begin, end;
-        CUDA_CHECK(cudaEventCreate(&begin));
-        CUDA_CHECK(cudaEventCreate(&end));
-        std::vector<float> times;
-        for (int i = 0; i < kWarmUp + kRuns; ++i) {
-            CUDA_CHECK(cudaEventRecord(begin, gpu_->cuda().stream));
+        const double ms = median_ms(*gpu_, [&] {
             for (int k = 0; k < calls; ++k) work();
-            CUDA_CHECK(cudaEventRecord(end, gpu_->cuda().stream));
-            CUDA_CHECK(cudaEventSynchronize(end));
-            float ms = 0;
-            CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-            if (i >= kWarmUp) times.push_back(ms);
-        }
-        CUDA_CHECK(cudaEventDestroy(begin));
-        CUDA_CHECK(cudaEventDestroy(end));
-        std::nth_element(times.begin(), times.begin() + kRuns / 2, times.end());
-        return double(times[kRuns / 2]) * 1e-3 / calls;
+        });
+        return ms * 1e-3 / calls;
     }
 
   private:

@@ -9,13 +9,12 @@
 #include <random>
 #include <vector>
 
+#include "bench/kernels/timing.h"
 #include "ops/attention.h"
 #include "ops/rope.h"
 #include "runtime/cuda_context.h"
 
 namespace {
-
-constexpr int kRuns = 20, kWarmUp = 3;
 
 struct Problem {
     AttentionShape s;
@@ -82,26 +81,6 @@ bool agrees(Device& gpu, Device& cpu, const AttentionShape& s) {
     std::printf("check  seq %4lld  head_dim %3lld  heads %lld/%lld   relative error: o %.2e  lse %.2e  dqkv %.2e  %s\n", (long long)s.seq,
                 (long long)s.head_dim, (long long)s.heads, (long long)s.kv_heads, o, lse, gradient, good ? "ok" : "WRONG");
     return good;
-}
-
-template <class F> double median_ms(Device& device, F&& work) {
-    cudaEvent_t begin, end;
-    CUDA_CHECK(cudaEventCreate(&begin));
-    CUDA_CHECK(cudaEventCreate(&end));
-    std::vector<float> times;
-    for (int i = 0; i < kWarmUp + kRuns; ++i) {
-        CUDA_CHECK(cudaEventRecord(begin, device.cuda().stream));
-        work();
-        CUDA_CHECK(cudaEventRecord(end, device.cuda().stream));
-        CUDA_CHECK(cudaEventSynchronize(end));
-        float ms;
-        CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-        if (i >= kWarmUp) times.push_back(ms);
-    }
-    CUDA_CHECK(cudaEventDestroy(begin));
-    CUDA_CHECK(cudaEventDestroy(end));
-    std::nth_element(times.begin(), times.begin() + kRuns / 2, times.end());
-    return times[kRuns / 2];
 }
 
 }  // namespace

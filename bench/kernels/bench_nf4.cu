@@ -1,17 +1,16 @@
 // NF4 on one GPU: agreement with the CPU form, then the median of 20 runs in ms and GB/s (bytes of both forms, each moved once).
 // Several matrices take turns, so that what is measured is memory and not the L2 cache.
-//   make GPU_ARCHS=90 build/bench_nf4 && build/bench_nf4
+//   make build/bench_nf4 && build/bench_nf4
 #include <algorithm>
 #include <cstdio>
 #include <random>
 #include <vector>
 
+#include "bench/kernels/timing.h"
 #include "nf4.h"
 #include "runtime/cuda_context.h"
 
 namespace {
-
-constexpr int kRuns = 20, kWarmUp = 4;
 
 struct Matrix {
     Device& device;
@@ -66,26 +65,6 @@ bool agrees(Device& gpu, Device& cpu, DType dtype, int64_t rows, int64_t cols, i
     return good;
 }
 
-template <class F> double median_ms(Device& device, F&& work) {
-    cudaEvent_t begin, end;
-    CUDA_CHECK(cudaEventCreate(&begin));
-    CUDA_CHECK(cudaEventCreate(&end));
-    std::vector<float> times;
-    for (int i = 0; i < kWarmUp + kRuns; ++i) {
-        CUDA_CHECK(cudaEventRecord(begin, device.cuda().stream));
-        work(i);
-        CUDA_CHECK(cudaEventRecord(end, device.cuda().stream));
-        CUDA_CHECK(cudaEventSynchronize(end));
-        float ms;
-        CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-        if (i >= kWarmUp) times.push_back(ms);
-    }
-    CUDA_CHECK(cudaEventDestroy(begin));
-    CUDA_CHECK(cudaEventDestroy(end));
-    std::nth_element(times.begin(), times.begin() + kRuns / 2, times.end());
-    return times[kRuns / 2];
-}
-
 }  // namespace
 
 int main() {
@@ -107,24 +86,25 @@ int main() {
                     matrices.push_back(std::make_unique<Matrix>(*gpu, dtype, rows, cols, ld));
                     matrices.back()->fill();
                 }
-                auto turn = [&](int i) -> Matrix& { return *matrices[size_t(i) % matrices.size()]; };
-                const double quantize = median_ms(*gpu, [&](int i) { nf4_quantize(*gpu, turn(i).q, turn(i).w, nullptr); });
+                size_t next = 0;
+                auto in_turn = [&](auto operation) { return median_ms(*gpu, [&] { operation(*matrices[next++ % matrices.size()]); }); };
+                const double quantize = in_turn([&](Matrix& m) { nf4_quantize(*gpu, m.q, m.w, nullptr); });
                 std::printf("%5lld x %5lld ld %5lld %s  %8.4f  %6.0f", (long long)rows, (long long)cols, (long long)ld, safetensors_name(dtype), quantize, bytes / quantize * 1e-6);
                 if (dtype == DType::f32) {
                     Tensor sums{gpu->allocate(8, "sum"), DType::f64, 1, 1, 1}, residual{gpu->allocate(rows * ld * 2, "residual"), DType::bf16, rows, cols, ld};
-                    const double ms = median_ms(*gpu, [&](int i) { nf4_residual(*gpu, residual, turn(i).w, turn(i).q, sums.as<double>(), 0); });
-                    const double dequantize = median_ms(*gpu, [&](int i) { nf4_dequantize(*gpu, turn(i).w, turn(i).q); });
+                    const double ms = in_turn([&](Matrix& m) { nf4_residual(*gpu, residual, m.w, m.q, sums.as<double>(), 0); });
+                    const double dequantize = in_turn([&](Matrix& m) { nf4_dequantize(*gpu, m.w, m.q); });
                     std::printf("    %8.4f  %6.0f    %8.4f  %6.0f\n", dequantize, bytes / dequantize * 1e-6, ms, (bytes + 2 * elements) / ms * 1e-6);
                     gpu->release(sums.data), gpu->release(residual.data);
                 } else {
-                    const double dequantize = median_ms(*gpu, [&](int i) { nf4_dequantize(*gpu, turn(i).w, turn(i).q); });
+                    const double dequantize = in_turn([&](Matrix& m) { nf4_dequantize(*gpu, m.w, m.q); });
                     std::printf("    %8.4f  %6.0f\n", dequantize, bytes / dequantize * 1e-6);
                 }
             }
         // What a copy reaches: the yardstick.
         const int64_t bytes = int64_t(256) << 20;
         void *a = gpu->allocate(bytes, "copy"), *b = gpu->allocate(bytes, "copy");
-        const double ms = median_ms(*gpu, [&](int) { gpu->copy(b, a, bytes); });
+        const double ms = median_ms(*gpu, [&] { gpu->copy(b, a, bytes); });
         std::printf("copy of %lld MiB: %.4f ms, %.0f GB/s read + write\n", (long long)(bytes >> 20), ms, 2 * double(bytes) / ms * 1e-6);
     } catch (const std::exception& error) {
         std::fprintf(stderr, "%s\n", error.what());
