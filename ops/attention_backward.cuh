@@ -63,11 +63,12 @@ template <int D> struct BackwardTile {
     bf16 k[kKeys * D];
     Stage stages[2];
     bf16 ds[2][kKeys * kQueries];  // dSᵀ, of this step and the last
-    int number;                    // of the block
 
-    // v is needed only until it is in registers, before the second stage and ds are.
+    // v is needed only until it is in registers, the block's number only at the start: both before the second stage and ds are. Four bytes
+    // of their own would cost a head of 64 its second block on an A100.
     __device__ bf16* v() { return stages[1].q; }
-    static_assert(sizeof(Stage) + sizeof ds >= sizeof k, "room for v");
+    __device__ int& number() { return reinterpret_cast<int*>(ds + 2)[-1]; }
+    static_assert(sizeof(Stage) + sizeof ds >= sizeof k + sizeof(int), "room for v and the number");
 };
 
 // What a block works on: one key tile of one key head.
@@ -126,6 +127,7 @@ template <int D> class PartialDq {
         const int diagonal = tile * Tile::kQueries / Tile::kKeys;
         if (tile * Tile::kQueries % Tile::kKeys == 0) {
             while (load_acquire(turns_ + diagonal * Tile::kWarps) != my_turn(diagonal)) {}
+            __syncwarp();
         }
         const float* from = memory_ + int64_t(tile) * (Tile::kQueries * D);
 #pragma unroll
@@ -392,9 +394,9 @@ template <int D> __device__ __forceinline__ void do_key_tile(const BackwardArgs&
 template <int D> __global__ void __launch_bounds__(BackwardTile<D>::kThreads, 128 / D) key_tiles_kernel(BackwardArgs args) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     auto& shared = *reinterpret_cast<BackwardTile<D>*>(shared_bytes);
-    if (threadIdx.x == 0) shared.number = int(atomicAdd(args.started, 1u));
+    if (threadIdx.x == 0) shared.number() = int(atomicAdd(args.started, 1u));
     __syncthreads();
-    const int tiles = tiles_of(args.seq, BackwardTile<D>::kKeys), item = shared.number / tiles, tile = tiles - 1 - shared.number % tiles;
+    const int number = shared.number(), tiles = tiles_of(args.seq, BackwardTile<D>::kKeys), item = number / tiles, tile = tiles - 1 - number % tiles;
     do_key_tile<D>(args, shared, KeyTile{item / args.kv_heads, item % args.kv_heads, item % args.slots, tile, item / args.slots});
 }
 

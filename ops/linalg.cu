@@ -263,30 +263,32 @@ bool pseudo_inverse(Device& device, Tensor inverse, Tensor p) {
     ScratchScope scratch(device);
     Tensor gram = scratch.tensor("P·Pᵀ", DType::f32, r, r);
     Tensor workspace = scratch.tensor("Cholesky workspace", DType::u8, 1, workspace_bytes(device, r));
-    Tensor diagonals = scratch.tensor("diagonals", DType::f32, 2, r);
+    Tensor diagonals = scratch.tensor("diagonals", DType::f32, 2, r);  // of P·Pᵀ and of its inverse
     Tensor info = scratch.tensor("status", DType::i32, 1, 1);
     std::vector<char> host_workspace;
-    OperationTimer timer(device, "pseudo_inverse", 4.0 * double(r * r * h), 8.0 * double(r * h));
+    OperationTimer timer(device, "pseudo_inverse", 6.0 * double(r * r * h), 8.0 * double(r * h));
 
     matmul(device, gram, 1.0f, p, Op::none, p, Op::transpose);
     read_diagonal(device, diagonals.row_slice(0, 1), gram);
     cholesky(device, gram, workspace, host_workspace, info.as<int32_t>());
-    read_diagonal(device, diagonals.row_slice(1, 1), gram);
     convert(device, inverse, p);
     solve_factor(device, inverse, gram, Op::none);
     solve_factor(device, inverse, gram, Op::transpose);
+    matmul(device, gram, 1.0f, inverse, Op::none, inverse, Op::transpose);
+    read_diagonal(device, diagonals.row_slice(1, 1), gram);
     if (device.dry()) return true;
 
-    std::vector<float> pivots(2 * r);
+    std::vector<float> host(2 * r);
     int32_t status = 0;
-    device.download(pivots.data(), diagonals.data, diagonals.bytes());
+    device.download(host.data(), diagonals.data, diagonals.bytes());
     device.download(&status, info.data, sizeof status);
-    // A pivot that cancelled down to rounding noise means a singular matrix, although the factorization went through: with 1e-4 of its
-    // diagonal left, a solution has three digits at best. The matrices met here have pivots near 1. NaN fails too.
-    constexpr float kLeastPivot = 1e-4f;
-    bool definite = status == 0;
-    for (int64_t i = 0; i < r; ++i) definite = definite && pivots[r + i] * pivots[r + i] > kLeastPivot * pivots[i];
-    return definite;
+    // What a row has outside the span of the others, squared, is 1/(P·Pᵀ)⁻¹ᵢᵢ; rounding noise in place of it means a singular matrix, although
+    // the factorization went through. With 1e-4 of the row left a solution has three digits at best. (The pivots would not do: a small
+    // singular value can spread over several of them.) The rows met here keep nearly all. NaN fails too.
+    constexpr float kLeastShare = 1e-4f;
+    bool independent = status == 0;
+    for (int64_t i = 0; i < r; ++i) independent = independent && host[i] * host[r + i] * kLeastShare < 1.0f;
+    return independent;
 }
 
 bool top_eigenvectors(Device& device, Tensor v, std::vector<float>& values, Tensor c) {
