@@ -1,6 +1,7 @@
 // Token embedding: a gather forward, a deterministic scatter-add backward (no atomics: positions are grouped by token on the host).
 #pragma once
 #include "runtime/device.h"
+#include "runtime/philox.h"
 
 // The positions of a micro-batch grouped by token id, cut into segments of at most kEmbeddingSegment positions.
 // Built on the host while the data is prefetched; the arrays travel to the device with the tokens.
@@ -23,5 +24,6 @@ struct DeviceTokenGroups {
 void embedding_forward(Device& device, Tensor y, Tensor table, const int32_t* tokens);
 
 // dtable[tokens[t]] += dy[t], summed in fp32 in position order (two stages: segments, then segments of a token in order).
-// dtable: (V, h) f32 or bf16; dy: (T, h) activation dtype. Scratch: segments × h fp32.
-void embedding_backward(Device& device, Tensor dtable, Tensor dy, const DeviceTokenGroups& groups);
+// dtable: (V, h) f32 or bf16, the latter rounded stochastically by `draws` (element number: row·h + column); dy: (T, h) activation dtype.
+// Scratch: segments × h fp32.
+void embedding_backward(Device& device, Tensor dtable, Tensor dy, const DeviceTokenGroups& groups, const RoundingDraws& draws);

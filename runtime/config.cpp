@@ -271,6 +271,14 @@ void validate_config(Config& c) {
     require(c.train.micro_batch >= 0, "train.micro_batch: must be positive, or auto");
     require(c.train.micro_batch == 0 || c.train.batch % c.train.micro_batch == 0,
             format("train.micro_batch: %lld does not divide train.batch %lld", (long long)c.train.micro_batch, (long long)c.train.batch));
+    if (c.train.updates == "per_layer") {
+        // Each gradient is used up as soon as it is there: none is left to sum over micro-batches or to take a global norm of.
+        require(c.train.micro_batch == 0 || c.train.micro_batch == c.train.batch,
+                format("train.updates: per_layer needs the whole batch in one micro-batch, but train.micro_batch is %lld of %lld sequences; lower train.batch, or use ordinary updates",
+                       (long long)c.train.micro_batch, (long long)c.train.batch));
+        require(c.optimizer.clip == 0, "train.updates: per_layer knows no global gradient norm to clip by; set optimizer.clip to 0, or use ordinary updates");
+        c.train.micro_batch = c.train.batch;
+    }
     require(c.eval.every >= 0 && c.eval.sequences >= 0, "eval.every and eval.sequences: must not be negative");
     require(c.checkpoint.every >= 0 && c.checkpoint.keep_every >= 0, "checkpoint.every and checkpoint.keep_every: must not be negative");
     require(c.checkpoint.keep_last >= 1, "checkpoint.keep_last: must be at least 1, else a run could not be resumed");
@@ -291,7 +299,8 @@ std::vector<std::string> config_differences(const Config& a, const Config& b) {
 
 bool fixed_for_resume(const std::string& key) {
     // rank and layer shapes decide the tensors; seed, sequence length and layout decide which sample comes next.
-    static const std::vector<std::string> fixed = {"method.name", "method.rank", "method.double_quant", "optimizer.moments", "optimizer.rounding",
+    static const std::vector<std::string> fixed = {"method.name", "method.rank", "method.double_quant", "optimizer.moments", "optimizer.embedding_moments",
+                                                   "optimizer.rounding",
                                                    "train.seed", "train.seq_len", "train.batch", "data.layout", "data.shuffle", "data.pad_id"};
     return key.rfind("model.", 0) == 0 || std::find(fixed.begin(), fixed.end(), key) != fixed.end();
 }

@@ -30,6 +30,7 @@ struct OptimizerConfig {
     double beta1 = 0.9, beta2 = 0.999, eps = 1e-6, weight_decay = 0.0;
     double clip = 0.0;                   // global gradient norm; 0 = off
     std::string moments = "fp32";        // fp32 | bf16 | bf16-nearest | int8
+    std::string embedding_moments = "auto";  // auto | fp32 | bf16 | int8; auto: as moments, but fp32 for int8
     std::string rounding = "stochastic"; // nearest | stochastic | master: how bf16 parameters take an update
     std::string nonfinite = "stop";      // stop | skip
 };
@@ -44,7 +45,9 @@ struct DataConfig {
 struct TrainConfig {
     int64_t steps = 10000, seq_len = 256, batch = 512 /* sequences per optimizer step */, micro_batch = 0 /* 0 = auto */;
     int64_t seed = 42;
-    std::string gradients = "fp32";      // fp32 | bf16: storage of accumulated gradients
+    std::string gradients = "fp32";      // fp32 | bf16 | int8: storage of accumulated gradients
+    std::string updates = "ordinary";    // ordinary | per_layer
+    std::string recompute = "auto";      // auto | none | light | block
     std::string effective_weights = "auto";  // auto | cached | rebuilt | factored
 };
 
@@ -111,6 +114,7 @@ template <class C, class Visitor> void visit_config(C& c, Visitor&& v) {
     v("optimizer.weight_decay", c.optimizer.weight_decay, "decoupled weight decay", "");
     v("optimizer.clip", c.optimizer.clip, "largest global gradient norm; 0 = no clipping", "");
     v("optimizer.moments", c.optimizer.moments, "storage of Adam's moments", "fp32|bf16|bf16-nearest|int8");
+    v("optimizer.embedding_moments", c.optimizer.embedding_moments, "the same for embedding and LM head; auto = as moments, but fp32 for int8", "auto|fp32|bf16|int8");
     v("optimizer.rounding", c.optimizer.rounding, "how bf16 parameters are rounded after an update", "nearest|stochastic|master");
     v("optimizer.nonfinite", c.optimizer.nonfinite, "on a NaN or Inf in loss or gradient", "stop|skip");
     v("data.train", c.data.train, "training shards: file, folder or glob pattern", "");
@@ -123,7 +127,9 @@ template <class C, class Visitor> void visit_config(C& c, Visitor&& v) {
     v("train.batch", c.train.batch, "sequences per optimizer step", "");
     v("train.micro_batch", c.train.micro_batch, "sequences per forward pass; auto (0) = the most that fits", "");
     v("train.seed", c.train.seed, "seed of initialization, data order and rounding", "");
-    v("train.gradients", c.train.gradients, "storage of accumulated gradients", "fp32|bf16");
+    v("train.gradients", c.train.gradients, "storage of accumulated gradients; int8: of B, bf16 for the rest", "fp32|bf16|int8");
+    v("train.updates", c.train.updates, "optimizer step after the backward pass, or inside it layer by layer (no gradient is kept; one micro-batch per step)", "ordinary|per_layer");
+    v("train.recompute", c.train.recompute, "what the backward pass computes again: nothing, norms and SwiGLU, or whole blocks", "auto|none|light|block");
     v("train.effective_weights", c.train.effective_weights, "W + s·P·B: kept for the whole step, rebuilt for every use, or never formed (factored)", "auto|cached|rebuilt|factored");
     v("eval.every", c.eval.every, "steps between evaluations; 0 = only at the end", "");
     v("eval.sequences", c.eval.sequences, "validation sequences per evaluation; 0 = all", "");

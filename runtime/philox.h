@@ -29,6 +29,13 @@ HOST_DEVICE Philox4 rounding_draws(uint64_t seed, uint64_t group, uint32_t strea
 }
 HOST_DEVICE uint32_t rounding_draw16(const Philox4& p, int i) { return (p.x[i >> 1] >> ((i & 1) * 16)) & 0xffffu; }
 
+// Where the draws that round one tensor come from: element i takes draw16 number begin + i of (seed, stream, step). begin is a multiple of 8.
+struct RoundingDraws {
+    uint64_t seed;
+    uint32_t stream, step;
+    uint64_t begin = 0;
+};
+
 // Uniform in (0, 1], 32-bit resolution.
 HOST_DEVICE float uniform01(uint32_t u) { return (float(u >> 8) + 1.0f) * (1.0f / 16777216.0f); }
 

@@ -1,0 +1,20 @@
+// Sums of gradients over micro-batches in 16 or 8 bits. Rounding is stochastic: a small gradient added to a large sum counts on average,
+// where rounding to nearest would lose it every time.
+#pragma once
+#include "runtime/device.h"
+#include "runtime/philox.h"
+
+constexpr int64_t kGradientBlock = 256;  // elements per scale of an 8-bit sum
+
+// The sum of a (rows, cols) gradient.
+struct GradientSum {
+    Tensor values;  // bf16: (rows, cols), ld free; 8 bits: u8 (1, rows·cols) signed codes of the logical elements, row-major
+    Tensor scales;  // 8 bits only: f32 (1, ⌈rows·cols/256⌉), value = code·scale, scale = largest magnitude of the block / 127
+};
+
+// sum ← g if first (its old contents are not read), else sum + g; added in fp32, rounded stochastically by `draws` (element number: row-major
+// logical index). g: (rows, cols) f32, ld free. An 8-bit block with a non-finite element gets a NaN scale; bf16 keeps NaN and Inf.
+void add_to_gradient_sum(Device& device, const GradientSum& sum, Tensor g, bool first, const RoundingDraws& draws);
+
+// g ← sum. g: (rows, cols) f32, ld free.
+void load_gradient_sum(Device& device, Tensor g, const GradientSum& sum);
