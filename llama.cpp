@@ -245,7 +245,7 @@ void Llama::train(const Batch& batch, float loss_scale, double* sums, int64_t sl
     int64_t distinct = device_.dry() ? most_groups : int64_t(batch.groups.group_token.size());
     DeviceTokenGroups groups{batch_.order.as<int32_t>(), batch_.segment_begin.as<int32_t>(), batch_.group_begin.as<int32_t>(),
                              batch_.group_token.as<int32_t>(), segments, distinct};
-    embedding_backward(device_, embedding_.grad, dx, groups);
+    embedding_backward(device_, embedding_.grad, dx, groups, RoundingDraws{});
 }
 
 void Llama::evaluate(const Batch& batch, double* sums, int64_t slot) {

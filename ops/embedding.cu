@@ -173,7 +173,7 @@ void embedding_forward(Device& device, Tensor y, Tensor table, const int32_t* to
     ON_DEVICE(device, forward_cuda(device.cuda(), y, table, tokens), forward_cpu(y, table, tokens));
 }
 
-void embedding_backward(Device& device, Tensor dtable, Tensor dy, const DeviceTokenGroups& groups) {
+void embedding_backward(Device& device, Tensor dtable, Tensor dy, const DeviceTokenGroups& groups, const RoundingDraws&) {
     CHECK_INTERNAL(dtable.cols == dy.cols && dy.dtype == device.activation_dtype(), "dtable %lld columns, dy %lld", (long long)dtable.cols,
                    (long long)dy.cols);
     CHECK_INTERNAL(dtable.dtype == DType::f32 || dtable.dtype == DType::bf16, "dtable of %s", safetensors_name(dtable.dtype));

@@ -74,8 +74,8 @@ void check_embedding(Device& device) {
             for (int64_t t = 0; t < s.tokens; ++t)
                 for (int64_t c = 0; c < s.h; ++c) expected[tokens[t] * s.h + c] += dy[t * s.h + c];
             OnDevice dtable(device, grad_type, s.vocab, s.h, before, s.h + s.pad), again(device, grad_type, s.vocab, s.h, before, s.h + s.pad);
-            embedding_backward(device, dtable, dy_, groups.view);
-            embedding_backward(device, again, dy_, groups.view);
+            embedding_backward(device, dtable, dy_, groups.view, RoundingDraws{});
+            embedding_backward(device, again, dy_, groups.view, RoundingDraws{});
             auto got = dtable.read();
             CHECK(relative_error(got, expected) < (grad_type == DType::f32 ? 1e-6 : 4e-3));
             std::vector<char> used(s.vocab, 0);
@@ -135,10 +135,10 @@ TEST_CASE("embedding on an empty batch and a dry device", "[embedding]") {
     OnDevice table(*device, DType::f32, 4, 8, std::vector<float>(32, 1.0f)), y(*device, DType::f32, 0, 8);
     embedding_forward(*device, y, table, nullptr);
     UploadedGroups groups(*device, group_tokens(nullptr, 0, 4));
-    embedding_backward(*device, table, y, groups.view);
+    embedding_backward(*device, table, y, groups.view, RoundingDraws{});
     CHECK(table.read() == std::vector<float>(32, 1.0f));
     auto dry = Device::open_dry(DeviceKind::cpu);
     DeviceTokenGroups many{nullptr, nullptr, nullptr, nullptr, 1000, 10};
-    embedding_backward(*dry, Tensor{nullptr, DType::f32, 10, 64, 64}, Tensor{nullptr, DType::f32, 500, 64, 64}, many);
+    embedding_backward(*dry, Tensor{nullptr, DType::f32, 10, 64, 64}, Tensor{nullptr, DType::f32, 500, 64, 64}, many, RoundingDraws{});
     CHECK(dry->scratch_high_water() == 1000 * 64 * 4);
 }

@@ -28,7 +28,7 @@ int main() {
             const std::vector<int32_t> tokens = zipf_tokens(5000);
             Tensor y = tensors.activation(5000, 512), table = tensors.activation(kVocab, 512), d_table = tensors.zeros(DType::f32, kVocab, 512);
             embedding_forward(tensors.device(), y, table, tensors.upload(tokens));
-            embedding_backward(tensors.device(), d_table, y, upload(tensors, group_tokens(tokens.data(), 5000, kVocab)));
+            embedding_backward(tensors.device(), d_table, y, upload(tensors, group_tokens(tokens.data(), 5000, kVocab)), RoundingDraws{});
             return std::vector<Tensor>{y, d_table};
         });
         for (const ModelShape& model : kModels)
@@ -42,7 +42,7 @@ int main() {
                 const std::string shape = format("%s: %lld × %lld, %lld distinct", model.name, (long long)count, (long long)model.hidden, (long long)groups.groups);
                 const double distinct = double(groups.groups * model.hidden);
                 bench.time("embedding_forward", shape.c_str(), double(y.bytes()) + 2 * distinct, [&] { embedding_forward(bench.gpu(), y, table, ids); });
-                bench.time("embedding_backward", shape.c_str(), double(y.bytes()) + 8 * distinct, [&] { embedding_backward(bench.gpu(), d_table, y, groups); });
+                bench.time("embedding_backward", shape.c_str(), double(y.bytes()) + 8 * distinct, [&] { embedding_backward(bench.gpu(), d_table, y, groups, RoundingDraws{}); });
             }
     });
 }
