@@ -11,25 +11,99 @@
 
 namespace {
 
-// FLOPs per token of one (out, in) matrix: y, dx (and dW if W is trained); low-rank: x·P and dB, plus forming s·P·B twice per micro-batch.
-double linear_flops(const Config& c, double out, double in) {
-    double product = 2.0 * out * in;
-    if (!c.low_rank()) return 3 * product;
-    double r = std::min({double(c.method.rank), out, in});
-    double tokens = double(c.train.micro_batch) * double(c.train.seq_len);
-    // x·P and dB need 2r(m + n); so do x·P·B beside x·W, and dy·B·P beside dy·W.
-    if (c.train.effective_weights == "factored") return 2 * product + 6.0 * r * (out + in);
-    double builds = c.train.effective_weights == "cached" ? 1.0 / double(c.micro_batches()) : 2.0;
-    return 2 * product + 2.0 * r * (out + in) + builds * r * product / tokens;
+struct Matrix {
+    double out, in, rank;
+    bool left() const { return out >= in; }
+    double size() const { return out * in; }
+};
+
+// The seven of a block.
+std::vector<Matrix> matrices(const Config& c) {
+    double h = double(c.model.hidden), f = double(c.model.intermediate), kv = double(c.kv_heads() * c.model.head_dim());
+    std::vector<Matrix> all{{h, h, 0}, {kv, h, 0}, {kv, h, 0}, {h, h, 0}, {f, h, 0}, {f, h, 0}, {h, f, 0}};
+    for (Matrix& m : all) m.rank = c.low_rank() ? std::min({double(c.method.rank), m.out, m.in}) : 0;
+    return all;
+}
+
+double tokens_of(const Config& c) { return double(c.train.micro_batch) * double(c.train.seq_len); }
+bool factored(const Config& c) { return c.low_rank() && c.train.effective_weights == "factored"; }
+bool cached(const Config& c) { return c.low_rank() && c.train.effective_weights == "cached"; }
+bool again(const Config& c) { return c.train.recompute == "block"; }
+
+// How often a micro-batch makes W_eff (factored: W), a use being a forward or a backward pass.
+double builds(const Config& c, double uses) { return !c.low_rank() ? 0 : cached(c) ? 1.0 / double(c.micro_batches()) : uses; }
+double adapter_flops(const Matrix& m) { return 2 * m.rank * (m.out + m.in); }  // through P and B, a token
+double attention_flops(const Config& c) { return 2.0 * double(c.train.seq_len) * double(c.model.hidden); }  // causal half of 4·S·h, a token
+
+// FLOPs per token of one matrix: y, dx and dW; low-rank: y, dx, x·P and dB, plus forming s·P·B for the forward and for the backward pass.
+double linear_flops(const Config& c, const Matrix& m) {
+    if (!c.low_rank()) return 6 * m.size();
+    // x·P·B stands beside x·W, dy·B·P beside dy·W; and x·P, if kept, need not be made for dB.
+    if (factored(c)) return 4 * m.size() + 3 * adapter_flops(m) - (m.left() ? 2 * m.rank * m.in : 0);
+    return 4 * m.size() + adapter_flops(m) + builds(c, 2) * 2 * m.rank * m.size() / tokens_of(c);
+}
+
+// What a plain forward pass through it costs once more.
+double repeated_linear_flops(const Config& c, const Matrix& m) {
+    double build = factored(c) ? adapter_flops(m) : cached(c) ? 0 : 2 * m.rank * m.size() / tokens_of(c);
+    return 2 * m.size() + build;
 }
 
 }  // namespace
 
 double training_flops_per_token(const Config& c) {
-    double h = double(c.model.hidden), f = double(c.model.intermediate), kv = double(c.kv_heads() * c.model.head_dim());
-    double linears = linear_flops(c, h, h) + 2 * linear_flops(c, kv, h) + linear_flops(c, h, h) + 2 * linear_flops(c, f, h) + linear_flops(c, h, f);
-    double attention = 3.5 * 2.0 * double(c.train.seq_len) * h;  // 2·S·h forward (causal half of 4·S·h), 2.5 times that backward
-    return double(c.model.layers) * (linears + attention) + 6.0 * h * double(c.model.vocab);
+    double block = 3.5 * attention_flops(c);  // the backward pass is 2.5 times the forward
+    for (const Matrix& m : matrices(c)) block += linear_flops(c, m);
+    return double(c.model.layers) * block + 6.0 * double(c.model.hidden * c.model.vocab);
+}
+
+double machine_flops_per_token(const Config& c) {
+    double block = again(c) ? attention_flops(c) : 0;
+    for (const Matrix& m : matrices(c)) {
+        if (factored(c) && m.left() && c.train.recompute != "none") block += 2 * m.rank * m.in;
+        if (again(c)) block += repeated_linear_flops(c, m);
+    }
+    return training_flops_per_token(c) + double(c.model.layers) * block;
+}
+
+// Three kinds of cost, each turned into FLOPs:
+//   products         as counted.
+//   memory traffic   element-wise operations per token; making weights per micro-batch, however few tokens share it. A GPU does some
+//                    180 FLOPs while a byte moves (H200: 790 TFLOP/s over 4.3 TB/s; others 76 to 300).
+//   beginnings       a product or kernel takes 5 or 6 µs before it runs at full rate, 4e9 FLOPs: at 690 TFLOP/s a product of a 2048 × 2048
+//                    matrix then reaches 250 of them with 256 rows (measured: 211), 510 with 1,280 (533), 670 with 16,384 (697).
+// A CPU moves its bytes for less and begins at once. Merges and the optimizer cost the same whatever is chosen.
+double cost_per_token(const Config& c, DeviceKind kind) {
+    bool cuda = kind == DeviceKind::cuda;
+    double per_byte = cuda ? 180 : 5, per_operation = cuda ? 4e9 : 1e5, element = cuda ? 2 : 4;
+    double h = double(c.model.hidden), f = double(c.model.intermediate), kv = double(c.kv_heads() * c.model.head_dim()), V = double(c.model.vocab);
+    double passes = again(c) ? 3 : 2;
+
+    // Elements moved per token: norms, rotation, attention, SwiGLU; their inputs written again for the gradients of weights.
+    double forward = 4 * h + (2 * h + 2 * kv) + (2 * h + 2 * kv) + 3 * f;
+    double backward = 8 * h + (4 * h + 4 * kv) + 5 * f + (c.train.recompute == "none" ? 0 : 2 * h + f);
+    double moved = (forward * (again(c) ? 2 : 1) + backward) * element;
+
+    // Per micro-batch: bytes and beginnings. A dense weight costs nothing here; NF4 is read at half a byte and written as an element, to which P·B is added.
+    double stored = c.method.name == "loqt" ? 0.516 + element : 0, bytes = 0, begun = 5 * passes;
+    double made = builds(c, passes);
+    double gradient = c.train.gradients == "fp32" || !cuda ? 4 : 2;
+    for (const Matrix& m : matrices(c)) {
+        if (!c.low_rank()) {
+            bytes += 2 * gradient * m.size();
+            begun += passes + 1;
+            continue;
+        }
+        double narrow = std::min(m.out, m.in), wide = std::max(m.out, m.in);
+        double adapter = factored(c) ? 0 : 2 * element + (c.method.name == "loqt" ? 0 : 2 * element);
+        bytes += made * ((stored + adapter) * m.size() + stored * m.rank * narrow) + 2 * gradient * m.rank * wide;
+        begun += passes + 3;                           // y and dx; P, its product, dB
+        begun += made * (stored > 0 ? 2 : 1);          // W, and P·B or what stands for it
+        if (factored(c)) begun += 2 * passes;          // through P, through B
+    }
+    double layers = double(c.model.layers);
+    return machine_flops_per_token(c) + per_byte * (layers * moved + 2 * V * element) +
+           (per_byte * layers * bytes + per_operation * (layers * begun + 10)) / tokens_of(c);
 }
 
 int64_t parameter_count(const Config& c) {
@@ -102,5 +176,7 @@ PeakFlops peak_flops(Device& device) {
     if (!device.is_cuda() || device.dry()) return {};
     double known = data_sheet_flops(device.name());
     if (known > 0) return {known, "data sheet"};
-    return {measure_product_flops(device, 4096), "measured"};
+    int64_t size = 4096;
+    while (size > 256 && 10 * size * size * size_of(device.activation_dtype()) > device.allowed_bytes()) size /= 2;
+    return {measure_product_flops(device, size), "measured"};
 }
