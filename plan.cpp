@@ -6,8 +6,8 @@
 
 #include "flops.h"
 #include "llama.h"
-#include "optimizer_step.h"
 #include "runtime/workers.h"
+#include "training_step.h"
 
 namespace {
 
@@ -36,15 +36,13 @@ MemoryPlan plan_memory(const Config& config, DeviceKind kind, int workers) {
     model.initialize(WeightSource{});
     Batch batch;
     batch.rows = config.train.micro_batch, batch.seq = config.train.seq_len;
-    ProjectionPass pass;
-    pass.active = config.low_rank();
-    pass.whole_batch = config.method.projection_gradient == "full" && config.micro_batches() > 1;
     model.evaluate(batch, nullptr, 0);
-    model.train(batch, 1.0f, nullptr, 0, pass);
-    double loss, norm;
-    StepSums(*device, model, config).read(model, 1, &loss, &norm);
-    update_parameters(*device, model, config, 0, 0.0, 1.0);
-    if (config.low_rank()) model.merge(0, nullptr);
+    StepSums sums(*device, model, config);
+    StepPlan step;
+    step.merges = config.low_rank();
+    accumulate_gradients(*device, model, config, sums, {batch}, step);
+    apply_gradients(*device, model, config, step, 0);
+    if (step.merges) model.merge(0, nullptr);
 
     MemoryPlan plan;
     for (auto& [family, bytes] : model.table().families())

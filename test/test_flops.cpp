@@ -19,8 +19,10 @@ double booked_flops_per_token(const Config& config) {
         b.groups = group_tokens(b.tokens.data(), b.rows * b.seq, config.model.vocab);
     }
     auto step = [&](int64_t number, bool merges) {
-        StepGradients gradients = accumulate_gradients(*device, small.model, small.sums, batches, projection_pass(config, number, merges));
-        apply_gradients(*device, small.model, config, number, 1e-3, gradients.norm);
+        StepPlan plan;
+        plan.step = number, plan.lr = 1e-3, plan.merges = merges;
+        StepGradients gradients = accumulate_gradients(*device, small.model, config, small.sums, batches, plan);
+        apply_gradients(*device, small.model, config, plan, gradients.norm);
         if (merges) small.model.merge(number, nullptr);
     };
     step(0, config.low_rank());

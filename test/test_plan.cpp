@@ -137,8 +137,10 @@ TEST_CASE("plan: a merge by workers stays within the scratch planned for them", 
             batch.rows = 2, batch.seq = 32, batch.valid_targets = 64;
             for (int i = 0; i < 64; ++i) batch.tokens.push_back(int32_t(rng() % uint64_t(c.model.vocab))), batch.targets.push_back(int32_t(rng() % uint64_t(c.model.vocab)));
             batch.groups = group_tokens(batch.tokens.data(), 64, c.model.vocab);
-            accumulate_gradients(*device, model, sums, {batch}, projection_pass(c, step, true));
-            MergeStatistics merged = model.merge(step, step ? nullptr : &source);
+            StepPlan step_plan;
+            step_plan.step = step, step_plan.merges = true, step_plan.source = step ? nullptr : &source;
+            accumulate_gradients(*device, model, c, sums, {batch}, step_plan);
+            MergeStatistics merged = model.merge(step, step_plan.source);
             CHECK(merged.failed == 0);
         }
         CHECK(workers.scratch_high_water() <= plan.worker_scratch);
