@@ -13,6 +13,7 @@ namespace {
 
 struct Matrix {
     double out, in, rank;
+    bool last;  // of its block: its output is the next block's input, which is kept
     bool left() const { return out >= in; }
     double size() const { return out * in; }
 };
@@ -20,8 +21,9 @@ struct Matrix {
 // The seven of a block.
 std::vector<Matrix> matrices(const Config& c) {
     double h = double(c.model.hidden), f = double(c.model.intermediate), kv = double(c.kv_heads() * c.model.head_dim());
-    std::vector<Matrix> all{{h, h, 0}, {kv, h, 0}, {kv, h, 0}, {h, h, 0}, {f, h, 0}, {f, h, 0}, {h, f, 0}};
-    for (Matrix& m : all) m.rank = c.low_rank() ? std::min({double(c.method.rank), m.out, m.in}) : 0;
+    std::vector<Matrix> all;
+    for (auto [out, in] : {std::pair<double, double>{h, h}, {kv, h}, {kv, h}, {h, h}, {f, h}, {f, h}, {h, f}})
+        all.push_back({out, in, c.low_rank() ? std::min({double(c.method.rank), out, in}) : 0, in == f && all.size() == 6});
     return all;
 }
 
@@ -58,12 +60,12 @@ double training_flops_per_token(const Config& c) {
 }
 
 double machine_flops_per_token(const Config& c) {
-    double block = again(c) ? attention_flops(c) : 0;
+    double layers = double(c.model.layers), repeated = attention_flops(c), again_in_backward = 0;
     for (const Matrix& m : matrices(c)) {
-        if (factored(c) && m.left() && c.train.recompute != "none") block += 2 * m.rank * m.in;
-        if (again(c)) block += repeated_linear_flops(c, m);
+        if (factored(c) && m.left() && c.train.recompute != "none") again_in_backward += 2 * m.rank * m.in;
+        if (!m.last) repeated += repeated_linear_flops(c, m);
     }
-    return training_flops_per_token(c) + double(c.model.layers) * block;
+    return training_flops_per_token(c) + layers * again_in_backward + (again(c) ? (layers - 1) * repeated : 0);
 }
 
 // Three kinds of cost, each turned into FLOPs:
@@ -74,36 +76,36 @@ double machine_flops_per_token(const Config& c) {
 //                    matrix then reaches 250 of them with 256 rows (measured: 211), 510 with 1,280 (533), 670 with 16,384 (697).
 // A CPU moves its bytes for less and begins at once. Merges and the optimizer cost the same whatever is chosen.
 double cost_per_token(const Config& c, DeviceKind kind) {
-    bool cuda = kind == DeviceKind::cuda;
-    double per_byte = cuda ? 180 : 5, per_operation = cuda ? 4e9 : 1e5, element = cuda ? 2 : 4;
-    double h = double(c.model.hidden), f = double(c.model.intermediate), kv = double(c.kv_heads() * c.model.head_dim()), V = double(c.model.vocab);
-    double passes = again(c) ? 3 : 2;
+    const bool cuda = kind == DeviceKind::cuda, nf4 = c.method.name == "loqt";
+    const double per_byte = cuda ? 180 : 5, per_operation = cuda ? 4e9 : 1e5, element = cuda ? 2 : 4;
+    const double h = double(c.model.hidden), f = double(c.model.intermediate), kv = double(c.kv_heads() * c.model.head_dim()), layers = double(c.model.layers);
+    const double repeated = again(c) ? (layers - 1) / layers : 0;  // share of the forward pass that is run again
 
-    // Elements moved per token: norms, rotation, attention, SwiGLU; their inputs written again for the gradients of weights.
-    double forward = 4 * h + (2 * h + 2 * kv) + (2 * h + 2 * kv) + 3 * f;
-    double backward = 8 * h + (4 * h + 4 * kv) + 5 * f + (c.train.recompute == "none" ? 0 : 2 * h + f);
-    double moved = (forward * (again(c) ? 2 : 1) + backward) * element;
+    // Elements moved per token and block: norms, rotation, attention, SwiGLU; in the backward pass their inputs written again for the gradients of weights.
+    double forward = 4 * h + 2 * (h + kv) + 2 * (h + kv) + 3 * f;
+    double backward = 8 * h + 4 * (h + kv) + 5 * f + (c.train.recompute == "none" ? 0 : 2 * h + f);
+    double moved = element * (layers * (forward * (1 + repeated) + backward) + 2 * double(c.model.vocab));
 
-    // Per micro-batch: bytes and beginnings. A dense weight costs nothing here; NF4 is read at half a byte and written as an element, to which P·B is added.
-    double stored = c.method.name == "loqt" ? 0.516 + element : 0, bytes = 0, begun = 5 * passes;
-    double made = builds(c, passes);
-    double gradient = c.train.gradients == "fp32" || !cuda ? 4 : 2;
+    // Bytes moved and operations begun per micro-batch and block. A gradient that more will be added to is read and written, in fewer bits by way of fp32.
+    const bool wide_sums = !cuda || c.train.gradients == "fp32";
+    const double gradient = c.micro_batches() == 1 ? (wide_sums ? 4 : 2) : wide_sums ? 8 : 12;
+    double bytes = 0, begun = 10 + 5 * repeated;  // norms, rotation, attention, SwiGLU
     for (const Matrix& m : matrices(c)) {
+        double uses = 2 + (m.last ? 0 : repeated), made = builds(c, uses), wide = std::max(m.out, m.in), narrow = std::min(m.out, m.in);
+        begun += uses + 1;
         if (!c.low_rank()) {
-            bytes += 2 * gradient * m.size();
-            begun += passes + 1;
+            bytes += gradient * m.size();
             continue;
         }
-        double narrow = std::min(m.out, m.in), wide = std::max(m.out, m.in);
-        double adapter = factored(c) ? 0 : 2 * element + (c.method.name == "loqt" ? 0 : 2 * element);
-        bytes += made * ((stored + adapter) * m.size() + stored * m.rank * narrow) + 2 * gradient * m.rank * wide;
-        begun += passes + 3;                           // y and dx; P, its product, dB
-        begun += made * (stored > 0 ? 2 : 1);          // W, and P·B or what stands for it
-        if (factored(c)) begun += 2 * passes;          // through P, through B
+        bytes += gradient * m.rank * wide;
+        begun += 2;  // P, and its product with x or dy for the gradient of B
+        // NF4 is half a byte and becomes an element; W_eff gets P·B added, to W where that is stored as it is needed.
+        if (nf4) bytes += made * (0.516 + element) * (m.size() + m.rank * narrow), begun += 2 * made;
+        if (!factored(c)) bytes += made * (nf4 ? 2 : 4) * element * m.size(), begun += made;
+        if (factored(c)) begun += 2 * uses;  // through P, through B
     }
-    double layers = double(c.model.layers);
-    return machine_flops_per_token(c) + per_byte * (layers * moved + 2 * V * element) +
-           (per_byte * layers * bytes + per_operation * (layers * begun + 10)) / tokens_of(c);
+    double per_micro_batch = layers * (per_byte * bytes + per_operation * begun) + 10 * per_operation;
+    return machine_flops_per_token(c) + per_byte * moved + per_micro_batch / tokens_of(c);
 }
 
 int64_t parameter_count(const Config& c) {

@@ -8,8 +8,8 @@
 
 #include "flops.h"
 #include "llama.h"
-#include "optimizer_step.h"
 #include "runtime/workers.h"
+#include "training_step.h"
 
 namespace {
 
@@ -46,31 +46,31 @@ MemoryPlan plan_memory(const Config& config, DeviceKind kind, int workers) {
     std::unique_ptr<Workers> dry_workers;
     if (workers) dry_workers = std::make_unique<Workers>(*device, workers, 0);
     Llama model(config, *device, true);
+    const int64_t before = device->allocated_bytes();
     model.allocate();
     model.initialize(WeightSource{});
     Batch batch;
     batch.rows = config.train.micro_batch, batch.seq = config.train.seq_len;
-    ProjectionPass pass;
-    pass.active = config.low_rank();
-    pass.whole_batch = config.method.projection_gradient == "full" && config.micro_batches() > 1;
     model.evaluate(batch, nullptr, 0);
-    model.train(batch, 1.0f, nullptr, 0, pass);
-    double loss, norm;
-    int64_t before = device->allocated_bytes();
-    StepSums(*device, model, config).read(model, 1, &loss, &norm);
-    int64_t sums = device->allocated_bytes() - before;
-    update_parameters(*device, model, config, 0, 0.0, 1.0);
-    if (config.low_rank()) model.merge(0, nullptr);
+    StepSums sums(*device, model, config);
+    const int64_t blocks = device->allocated_bytes() - before;
+    StepPlan step;
+    step.merges = config.low_rank();
+    accumulate_gradients(*device, model, config, sums, {batch}, step);
+    apply_gradients(*device, model, config, step, 0);
+    if (step.merges) model.merge(0, nullptr);
 
     MemoryPlan plan;
     for (auto& [family, bytes] : model.table().families())
         if (bytes) plan.lines.push_back({family_name(family), bytes});
-    plan.lines.push_back({"step sums", sums});
+    int64_t families = 0;
+    for (auto& line : plan.lines) families += line.second;
     plan.scratch = device->scratch_high_water();
     plan.lines.push_back({"scratch", plan.scratch});
+    plan.lines.push_back({"step sums and rounding to pages", blocks - families + device->block_bytes(plan.scratch) - plan.scratch});
     if (workers) {
         plan.workers = workers, plan.worker_scratch = dry_workers->scratch_high_water();
-        plan.lines.push_back({"merge workers", workers * (plan.worker_scratch + Device::fork_bytes(kind))});
+        plan.lines.push_back({"merge workers", workers * (device->block_bytes(plan.worker_scratch) + Device::fork_bytes(kind))});
     }
     if (kind == DeviceKind::cuda) plan.lines.push_back({"cuBLAS workspace", kWorkspaceBytes}), plan.lines.push_back({"CUDA context and libraries (estimate)", kContextBytes});
     for (auto& line : plan.lines) plan.total += line.second;

@@ -18,6 +18,7 @@ struct CudaContext {};
 namespace {
 
 constexpr int64_t kScratchAlignment = 256;
+constexpr int64_t kCudaPage = int64_t(2) << 20;
 // On a dry device blocks have addresses that nobody reads; null would look like "absent".
 char* const kDryAddress = reinterpret_cast<char*>(uintptr_t(1) << 40);
 
@@ -153,6 +154,10 @@ Device::~Device() {
 #endif
 }
 
+int64_t Device::block_bytes(int64_t bytes) const {
+    return round_up(std::max<int64_t>(bytes, 1), is_cuda() ? kCudaPage : kScratchAlignment);
+}
+
 // Enters bytes for `what` in the books, unless they would pass the limit.
 void Device::take(const std::string& what, int64_t bytes) const {
     if ((books_->used += bytes) <= books_->limit) return;
@@ -169,8 +174,8 @@ std::string Device::out_of_memory(const std::string& what, int64_t bytes, int64_
 
 void* Device::allocate(int64_t bytes, const std::string& what) {
     CHECK_INTERNAL(bytes >= 0, "allocation of %lld bytes for %s", (long long)bytes, what.c_str());
-    int64_t padded = std::max(round_up(bytes, kScratchAlignment), kScratchAlignment);
-    take(what, padded);
+    const int64_t taken = block_bytes(bytes), padded = round_up(std::max<int64_t>(bytes, 1), kScratchAlignment);
+    take(what, taken);
     if (dry_) return kDryAddress + books_->used;
     void* pointer = nullptr;
 #ifdef WITH_CUDA
@@ -181,10 +186,10 @@ void* Device::allocate(int64_t bytes, const std::string& what) {
 #endif
     if (!is_cuda()) pointer = std::aligned_alloc(kScratchAlignment, padded);
     if (!pointer) {
-        books_->used -= padded;
+        books_->used -= taken;
         throw UserError(out_of_memory(what, bytes, free_bytes(), "free"));
     }
-    held_[pointer] = {padded, what};
+    held_[pointer] = {taken, what};
     return pointer;
 }
 

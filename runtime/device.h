@@ -56,6 +56,8 @@ class Device {
     // Memory. A failed allocation throws UserError naming `what` and the bytes, with the table of what is held.
     void* allocate(int64_t bytes, const std::string& what);
     void release(void* pointer);
+    // What an allocation of so many bytes takes: whole pages of 2 MiB on cuda.
+    int64_t block_bytes(int64_t bytes) const;
     // From now on allocations of this device and its forks, with fork_bytes() for every fork, that would together pass `bytes` throw
     // UserError as if memory had run out. What libraries take is the caller's to subtract.
     void limit_memory(int64_t bytes) { books_->limit = bytes; }

@@ -209,7 +209,7 @@ TEST_CASE("plan: the least harmful change comes first", "[plan]") {
         return list.empty() ? "" : list[0].key + " " + list[0].value;
     };
     CHECK(first(changed(preset("60m"), {{"micro_batch", "512"}}), 4) == "micro_batch auto");
-    CHECK(first(changed(preset("60m"), {{"effective_weights", "cached"}, {"micro_batch", "1"}, {"projection_gradient", "last"}}), 1.271) == "effective_weights auto");
+    CHECK(first(changed(preset("7b"), {{"effective_weights", "cached"}, {"recompute", "block"}}), 20) == "effective_weights auto");
     CHECK(first(preset("1b"), 11) == "projection_gradient last");
     CHECK(first(changed(preset("1b"), {{"projection_gradient", "last"}}), 7.2) == "gradients bf16");
 }
@@ -244,26 +244,29 @@ TEST_CASE("plan: says what was chosen and by whom", "[plan]") {
 TEST_CASE("a device holds to its limit, forks and their libraries included", "[plan]") {
     for (bool dry : {true, false}) {
         auto device = dry ? Device::open_dry(DeviceKind::cuda) : Device::open("cpu");
-        int64_t fork_bytes = Device::fork_bytes(device->kind());
-        device->limit_memory(fork_bytes + 5000);
-        CHECK(device->allowed_bytes() <= fork_bytes + 5000);
-        void* first = device->allocate(1000, "first");  // blocks of 256 bytes
-        CHECK(device->allocated_bytes() == 1024);
+        const int64_t fork_bytes = Device::fork_bytes(device->kind()), block = device->block_bytes(1);
+        CHECK(block == (dry ? 2 << 20 : 256));
+        CHECK(device->block_bytes(0) == block);
+        CHECK(device->block_bytes(3 * block) == 3 * block);
+        CHECK(device->block_bytes(3 * block + 1) == 4 * block);
+        device->limit_memory(fork_bytes + 20 * block);
+        CHECK(device->allowed_bytes() <= fork_bytes + 20 * block);
+        void* first = device->allocate(4 * block - 1, "first");
+        CHECK(device->allocated_bytes() == 4 * block);
         {
             auto fork = device->fork();
-            CHECK(device->allocated_bytes() == 1024 + fork_bytes);
-            if (!dry) fork->reserve_scratch(2048);
-            else fork->allocate(2048, "scratch");
-            CHECK_THROWS_WITH(fork->allocate(1929, "the last straw"), Catch::Contains("the last straw") && Catch::Contains("allowed"));
-            CHECK_THROWS_AS(device->allocate(1929, "the last straw"), UserError);
-            CHECK(device->allocated_bytes() == 3072 + fork_bytes);
+            CHECK(device->allocated_bytes() == 4 * block + fork_bytes);
+            fork->reserve_scratch(8 * block);
+            CHECK_THROWS_WITH(fork->allocate(8 * block + 1, "the last straw"), Catch::Contains("the last straw") && Catch::Contains("allowed"));
+            CHECK_THROWS_AS(device->allocate(8 * block + 1, "the last straw"), UserError);
+            CHECK(device->allocated_bytes() == 12 * block + fork_bytes);
             if (fork_bytes) CHECK_THROWS_AS(device->fork(), UserError);
         }
         if (dry) continue;  // gives nothing back
-        CHECK(device->allocated_bytes() == 1024);
+        CHECK(device->allocated_bytes() == 4 * block);
         device->release(first);
         CHECK(device->allocated_bytes() == 0);
-        first = device->allocate(4864, "all of it");
+        first = device->allocate(20 * block, "all of it");
         CHECK_THROWS_AS(device->allocate(1, "one more"), UserError);
         device->release(first);
     }
@@ -307,11 +310,11 @@ TEST_CASE("plan: effective weights are kept where they fit, else in the form tha
 TEST_CASE("plan: merges have four workers where they fit, else two, else none", "[plan]") {
     auto workers = [](DeviceKind kind, int64_t budget) {
         Config c = preset("1b");
-        c.train.micro_batch = 8, c.train.effective_weights = "rebuilt";
+        c.train.micro_batch = 8, c.train.effective_weights = "rebuilt", c.train.recompute = "light";
         return choose_plan(c, kind, budget).workers;
     };
     Config c = preset("1b");
-    c.train.micro_batch = 8, c.train.effective_weights = "rebuilt";
+    c.train.micro_batch = 8, c.train.effective_weights = "rebuilt", c.train.recompute = "light";
     int64_t alone = plan_memory(c, DeviceKind::cuda).total, two = plan_memory(c, DeviceKind::cuda, 2).total, four = plan_memory(c, DeviceKind::cuda, 4).total;
     CHECK(alone < two);
     CHECK(two - alone < four - alone);
@@ -343,8 +346,10 @@ TEST_CASE("plan: a merge by workers stays within the scratch planned for them", 
             batch.rows = 2, batch.seq = 32, batch.valid_targets = 64;
             for (int i = 0; i < 64; ++i) batch.tokens.push_back(int32_t(rng() % uint64_t(c.model.vocab))), batch.targets.push_back(int32_t(rng() % uint64_t(c.model.vocab)));
             batch.groups = group_tokens(batch.tokens.data(), 64, c.model.vocab);
-            accumulate_gradients(*device, model, sums, {batch}, projection_pass(c, step, true));
-            MergeStatistics merged = model.merge(step, step ? nullptr : &source);
+            StepPlan step_plan;
+            step_plan.step = step, step_plan.merges = true, step_plan.source = step ? nullptr : &source;
+            accumulate_gradients(*device, model, c, sums, {batch}, step_plan);
+            MergeStatistics merged = model.merge(step, step_plan.source);
             CHECK(merged.failed == 0);
         }
         CHECK(workers.scratch_high_water() <= plan.worker_scratch);
