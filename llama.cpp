@@ -61,7 +61,7 @@ void Llama::register_tensors(bool training) {
     register_parameter(reg, embedding_, "model.embed_tokens.weight", m.vocab, m.hidden, Precision::embedding);
     const Recompute recompute = recompute_of(config_);
     blocks_.resize(m.layers);
-    activations_.resize(training && recompute == Recompute::block ? 1 : m.layers);
+    activations_.resize(!training || recompute == Recompute::block ? 1 : m.layers);  // without a backward pass nothing needs to stay
     for (int64_t i = 0; i < m.layers; ++i) {
         Block& b = blocks_[i];
         std::string prefix = "model.layers." + std::to_string(i) + ".";

@@ -13,7 +13,7 @@ constexpr DType kTypes[] = {DType::bf16, DType::u8};
 
 RoundingDraws draws_of(uint64_t seed, uint32_t step, uint64_t begin = 0) { return {seed, 77, step, begin}; }
 
-// A sum in device memory, poisoned. shift: elements by which its values lie off a 16-byte boundary.
+// A sum in device memory, poisoned, with some memory behind it. shift: elements by which its values lie off a 16-byte boundary.
 class SumOnDevice {
   public:
     GradientSum sum;
@@ -21,9 +21,10 @@ class SumOnDevice {
         : device_(device),
           rows_(rows),
           cols_(cols),
-          memory_(device, type, 1, (type == DType::bf16 ? rows * (cols + pad) : rows * cols) + shift),
+          shift_(shift),
+          memory_(device, type, 1, (type == DType::bf16 ? rows * (cols + pad) : rows * cols) + shift + 16),
           scales_(device, DType::f32, 1, ceil_div(rows * cols, kGradientBlock)) {
-        sum.values = type == DType::bf16 ? Tensor{memory_.t.at(0, shift), type, rows, cols, cols + pad} : memory_.t.col_slice(shift, rows * cols);
+        sum.values = type == DType::bf16 ? Tensor{memory_.t.at(0, shift), type, rows, cols, cols + pad} : Tensor{memory_.t.at(0, shift), type, 1, rows * cols, rows * cols};
         if (type == DType::u8) sum.scales = scales_;
     }
     void add(Tensor g, bool first, const RoundingDraws& draws) { add_to_gradient_sum(device_, sum, g, first, draws); }
@@ -43,19 +44,21 @@ class SumOnDevice {
         if (sum.scales) all.insert(all.end(), scales.begin(), scales.end());
         return all;
     }
+    // Memory before, between and behind the rows is as it was.
     void check_padding() const {
-        if (sum.values.dtype != DType::bf16) return;
         const std::vector<uint8_t> all = memory_.raw<uint8_t>();
-        const int64_t shift = (static_cast<char*>(sum.values.data) - static_cast<char*>(memory_.t.data)) / 2, ld = sum.values.ld;
+        const int64_t size = size_of(sum.values.dtype);
         int64_t touched = 0;
-        for (int64_t i = 0; i < int64_t(all.size()) / 2; ++i)
-            if (i < shift || (i - shift) % ld >= cols_) touched += all[2 * i] != 0xff || all[2 * i + 1] != 0xff;
+        for (int64_t byte = 0; byte < int64_t(all.size()); ++byte) {
+            const int64_t i = byte / size - shift_, row = i / sum.values.ld;
+            touched += (i < 0 || row >= sum.values.rows || i % sum.values.ld >= sum.values.cols) && all[byte] != 0xff;
+        }
         CHECK(touched == 0);
     }
 
   private:
     Device& device_;
-    int64_t rows_, cols_;
+    int64_t rows_, cols_, shift_;
     OnDevice memory_, scales_;
 };
 
@@ -274,7 +277,9 @@ void check_special_values(Device& device) {
 
     SumOnDevice codes(device, DType::u8, 1, n), halves(device, DType::bf16, 1, n);
     codes.add(std::vector<float>(n, 0.0f), true, draws_of(seed, 4));
-    CHECK(codes.bytes() == std::vector<uint8_t>(codes.bytes().size(), 0));
+    auto bytes = codes.bytes();
+    bytes.erase(bytes.begin() + n, bytes.begin() + n + 16);  // the memory behind the codes
+    CHECK(bytes == std::vector<uint8_t>(bytes.size(), 0));
     CHECK(codes.load() == std::vector<float>(n, 0.0f));
     codes.add(std::vector<float>(n, -126 * FLT_MIN), true, draws_of(seed, 4));  // its scale would be subnormal
     CHECK(codes.load() == std::vector<float>(n, 0.0f));
