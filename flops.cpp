@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cmath>
 #include <cstring>
 #include <random>
 #include <vector>
@@ -51,6 +52,14 @@ double repeated_linear_flops(const Config& c, const Matrix& m) {
     return 2 * m.size() + build;
 }
 
+// A merge every merge_gap steps, an upper bound: 1.9 or 5.8 ns per squared narrow side of every matrix (H200, 1b: 1.3 and 4.1 s). Workers do several at a time.
+double merge_cost_per_token(const Config& c, int workers) {
+    double cost = 0;
+    for (const Matrix& m : matrices(c)) cost += (c.method.projection == "gram" ? 4e6 : 1.3e6) * std::pow(std::min(m.out, m.in), 2);
+    double tokens = double(c.train.batch) * double(c.train.seq_len) * double(c.method.merge_gap);
+    return double(c.model.layers) * cost / (1 + workers / 4.0) / tokens;
+}
+
 }  // namespace
 
 double training_flops_per_token(const Config& c) {
@@ -68,14 +77,14 @@ double machine_flops_per_token(const Config& c) {
     return training_flops_per_token(c) + layers * again_in_backward + (again(c) ? (layers - 1) * repeated : 0);
 }
 
-// Three kinds of cost, each turned into FLOPs:
+// Kinds of cost beside merges, each turned into FLOPs:
 //   products         as counted.
 //   memory traffic   element-wise operations per token; making weights per micro-batch, however few tokens share it. A GPU does some
 //                    180 FLOPs while a byte moves (H200: 790 TFLOP/s over 4.3 TB/s; others 76 to 300).
 //   beginnings       a product or kernel takes 5 or 6 µs before it runs at full rate, 4e9 FLOPs: at 690 TFLOP/s a product of a 2048 × 2048
 //                    matrix then reaches 250 of them with 256 rows (measured: 211), 510 with 1,280 (533), 670 with 16,384 (697).
-// A CPU moves its bytes for less and begins at once. Merges and the optimizer cost the same whatever is chosen.
-double cost_per_token(const Config& c, DeviceKind kind) {
+// A CPU moves its bytes for less and begins at once. The optimizer's step costs the same whatever is chosen.
+double cost_per_token(const Config& c, DeviceKind kind, int workers) {
     const bool cuda = kind == DeviceKind::cuda, nf4 = c.method.name == "loqt";
     const double per_byte = cuda ? 180 : 5, per_operation = cuda ? 4e9 : 1e5, element = cuda ? 2 : 4;
     const double h = double(c.model.hidden), f = double(c.model.intermediate), kv = double(c.kv_heads() * c.model.head_dim()), layers = double(c.model.layers);
@@ -105,7 +114,8 @@ double cost_per_token(const Config& c, DeviceKind kind) {
         if (factored(c)) begun += 2 * uses;  // through P, through B
     }
     double per_micro_batch = layers * (per_byte * bytes + per_operation * begun) + 10 * per_operation;
-    return machine_flops_per_token(c) + per_byte * moved + per_micro_batch / tokens_of(c);
+    double merges = c.low_rank() ? merge_cost_per_token(c, workers) : 0;
+    return machine_flops_per_token(c) + per_byte * moved + per_micro_batch / tokens_of(c) + merges;
 }
 
 int64_t parameter_count(const Config& c) {

@@ -12,9 +12,9 @@
 double training_flops_per_token(const Config& config);
 // The same with what is made again in the backward pass (light: x·P of factored weights; block: the forward of all blocks).
 double machine_flops_per_token(const Config& config);
-// How long a token takes, for comparing plans of one configuration: the machine's FLOPs, plus 180 for every byte that element-wise operations and the making
-// of weights move, plus 4e9 for every operation begun. Never rises with train.micro_batch.
-double cost_per_token(const Config& config, DeviceKind kind);
+// How long a token takes, in FLOPs, for comparing plans of one configuration: those of the machine, and 180 for every byte that element-wise operations and
+// the making of weights move, 4e9 for every operation begun, and the merges' share. Never rises with train.micro_batch, falls with the workers of merges.
+double cost_per_token(const Config& config, DeviceKind kind, int workers = 0);
 // Parameters of the plain model.
 int64_t parameter_count(const Config& config);
 // 6·N per trained token, N = parameter_count: what full-rank training of the same model is commonly said to need.

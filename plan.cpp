@@ -101,18 +101,25 @@ std::vector<std::string> effective_weights(const Config& config) {
     return {"cached", "rebuilt", "factored"};
 }
 
+// How many threads may share the work of merges, most first. A CPU has no idle cores to give them.
+std::vector<int> worker_counts(const Config& config, DeviceKind kind) {
+    if (kind != DeviceKind::cuda || !config.low_rank()) return {0};
+    return {kMergeWorkers, kMergeWorkers / 2, 0};
+}
+
 // The largest micro-batch that fits, with its plan. Memory rises with the micro-batch, except that a whole batch in one needs no place to sum gradients in.
 class LargestThatFits {
   public:
     LargestThatFits(DeviceKind kind, int64_t budget) : kind_(kind), budget_(budget) {}
 
-    std::optional<MemoryPlan> find(Config& config, const std::vector<int64_t>& sizes) {
-        if (auto plan = fitting(config, sizes.front())) return plan;
-        auto best = fitting(config, sizes.back());
+    std::optional<MemoryPlan> find(Config& config, const std::vector<int64_t>& sizes, int workers) {
+        if (auto plan = fitting(config, sizes.front(), workers)) return plan;
+        if (sizes.size() == 1) return {};
+        auto best = fitting(config, sizes.back(), workers);
         size_t low = 1, high = sizes.size() - 1;  // sizes[high] fits; before sizes[low] none does
         while (best && low < high) {
             size_t middle = (low + high) / 2;
-            if (auto plan = fitting(config, sizes[middle])) best = plan, high = middle;
+            if (auto plan = fitting(config, sizes[middle], workers)) best = plan, high = middle;
             else low = middle + 1;
         }
         if (best) config.train.micro_batch = sizes[high];
@@ -123,9 +130,9 @@ class LargestThatFits {
     int64_t least_size() const { return least_size_; }
 
   private:
-    std::optional<MemoryPlan> fitting(Config& config, int64_t size) {
+    std::optional<MemoryPlan> fitting(Config& config, int64_t size, int workers) {
         config.train.micro_batch = size;
-        MemoryPlan plan = plan_memory(config, kind_);
+        MemoryPlan plan = plan_memory(config, kind_, workers);
         if (budget_ == 0 || plan.total <= budget_) return plan;
         if (plan.total < least_total_) least_total_ = plan.total, least_size_ = size;
         return {};
@@ -253,26 +260,19 @@ MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget) {
     LargestThatFits largest(kind, budget);
     std::optional<MemoryPlan> plan;
     double least = std::numeric_limits<double>::infinity();
-    for (const std::string& recompute : recomputations(asked, kind))
-        for (const std::string& weights : effective_weights(asked)) {
-            Config trial = asked;
-            trial.train.recompute = recompute, trial.train.effective_weights = weights, trial.train.micro_batch = sizes.front();
-            if (cost_per_token(trial, kind) >= least) continue;  // however much would fit
-            auto found = largest.find(trial, sizes);
-            double cost = found ? cost_per_token(trial, kind) : least;
-            if (cost < least) least = cost, plan = found, config = trial;
-        }
+    for (int workers : worker_counts(asked, kind))
+        for (const std::string& recompute : recomputations(asked, kind))
+            for (const std::string& weights : effective_weights(asked)) {
+                Config trial = asked;
+                trial.train.recompute = recompute, trial.train.effective_weights = weights, trial.train.micro_batch = sizes.front();
+                if (cost_per_token(trial, kind, workers) >= least) continue;  // however much would fit
+                auto found = largest.find(trial, sizes, workers);
+                double cost = found ? cost_per_token(trial, kind, workers) : least;
+                if (cost < least) least = cost, plan = found, config = trial;
+            }
     if (!plan)
         throw UserError(format("does not fit: %s planned at a micro-batch of %lld sequences, %s allowed; %s", amount(largest.least_total()).c_str(),
                                (long long)largest.least_size(), amount(budget).c_str(), what_would_fit(asked, kind, budget).c_str()));
-    // Workers come last, since they only shorten merges. A CPU has no idle cores to give them.
-    for (int workers : {kMergeWorkers, kMergeWorkers / 2}) {
-        if (kind != DeviceKind::cuda || !config.low_rank()) break;
-        MemoryPlan with_workers = plan_memory(config, kind, workers);
-        if (budget && with_workers.total > budget) continue;
-        plan = with_workers;
-        break;
-    }
     plan->choices = choices_of(asked, config, plan->workers);
     return *plan;
 }

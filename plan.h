@@ -34,9 +34,9 @@ int64_t memory_budget(const Config& config, const Device* device);
 // For resolved train.micro_batch, train.recompute and train.effective_weights.
 MemoryPlan plan_memory(const Config& config, DeviceKind kind, int workers = 0);
 
-// Chooses train.micro_batch, train.recompute and train.effective_weights where they are auto, so that cost_per_token (flops.h) is least within `budget`
-// bytes (0 = no limit), and writes them into the configuration; with what memory is left, how many workers merges have. Throws UserError if not even the
-// smallest fits, saying what would make it fit.
+// Chooses train.micro_batch, train.recompute and train.effective_weights where they are auto, and how many workers merges have, so that cost_per_token
+// (flops.h) is least within `budget` bytes (0 = no limit), and writes the first three into the configuration. Throws UserError if not even the smallest
+// fits, saying what would make it fit.
 MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget);
 
 // The plan as a table for people, and as JSON (docs/formats.md).

@@ -94,6 +94,9 @@ TEST_CASE("cost per token: known orders of the ways to train", "[flops]") {
                 }
                 CHECK(cost(name, "light", "cached", m, kind) < cost(name, "light", "rebuilt", m, kind));
             }
+    Config c = tiny_config("loqt", "rebuilt", 2, 2);
+    CHECK(cost_per_token(c, DeviceKind::cuda, 4) < cost_per_token(c, DeviceKind::cuda, 2));
+    CHECK(cost_per_token(c, DeviceKind::cuda, 2) < cost_per_token(c, DeviceKind::cuda));
     // T* = b·m·n/(d_small + 2·d_large), 2,730 to 3,450 tokens for 7B: below it factors, far above it the product.
     CHECK(cost("7b", "light", "factored", 4) < cost("7b", "light", "rebuilt", 4));
     CHECK(cost("7b", "light", "rebuilt", 32) < cost("7b", "light", "factored", 32));

@@ -108,17 +108,18 @@ TEST_CASE("plan: no other choice that fits is cheaper", "[plan]") {
         INFO(name << " in " << gib << " GiB: micro-batch " << chosen.train.micro_batch << ", " << chosen.train.recompute << ", " << chosen.train.effective_weights);
         CHECK(plan.total <= budget);
         CHECK(chosen.train.batch % chosen.train.micro_batch == 0);
-        double least = cost_per_token(chosen, DeviceKind::cuda);
+        double least = cost_per_token(chosen, DeviceKind::cuda, plan.workers);
         int fitting = 0;
-        for (const char* recompute : {"none", "light", "block"})
-            for (const char* weights : {"cached", "rebuilt", "factored"})
-                for (int64_t m = 1; m <= 512; m *= 2) {
-                    Config other = preset(name);
-                    other.train.recompute = recompute, other.train.effective_weights = weights, other.train.micro_batch = m;
-                    if (plan_memory(other, DeviceKind::cuda).total > budget) break;
-                    ++fitting;
-                    CHECK(cost_per_token(other, DeviceKind::cuda) >= least);
-                }
+        for (int workers : {0, 2, 4})
+            for (const char* recompute : {"none", "light", "block"})
+                for (const char* weights : {"cached", "rebuilt", "factored"})
+                    for (int64_t m = 1; m <= 512; m *= 2) {
+                        Config other = preset(name);
+                        other.train.recompute = recompute, other.train.effective_weights = weights, other.train.micro_batch = m;
+                        if (plan_memory(other, DeviceKind::cuda, workers).total > budget) continue;
+                        ++fitting;
+                        CHECK(cost_per_token(other, DeviceKind::cuda, workers) >= least);
+                    }
         CHECK(fitting > 3);
     }
 }
@@ -141,7 +142,7 @@ TEST_CASE("plan: more memory never makes a slower plan", "[plan]") {
                     CHECK(slowest == INFINITY);  // what fits goes on fitting
                     continue;
                 }
-                double cost = cost_per_token(c, kind);
+                double cost = cost_per_token(c, kind, plan.workers);
                 INFO(name << " in " << gib << " GiB: micro-batch " << c.train.micro_batch << ", " << c.train.recompute << ", " << c.train.effective_weights);
                 CHECK(plan.total <= gibibytes(gib));
                 CHECK(cost <= slowest);
