@@ -271,7 +271,7 @@ class Cases(unittest.TestCase):
 
     def test_list_and_mistakes(self):
         self.bench("--list", "--cases", "13b-per-layer", "--", "--seed", "7")
-        self.assertRegex(self.stdout, r"^13b-per-layer +\./train_loqt --config 13b .*--train.updates per_layer --run.memory_budget 20.5GiB --seed 7\n$")
+        self.assertRegex(self.stdout, r"^13b-per-layer +\./train_loqt --config 13b .*--train.updates per_layer .*--run.memory_budget 20.5GiB --seed 7\n$")
         self.bench("--cases", "14b", status=2)
         self.bench("--show", "nowhere.json", status=1)
 
