@@ -38,6 +38,7 @@ from summary import read_events  # noqa: E402
 STEPS, MERGE_GAP = 20, 8  # merges at 0 and 8: a merge needs as many steps again after it
 COMMON = ["--train.steps", str(STEPS), "--method.merge_gap", str(MERGE_GAP), "--eval.every", "0", "--checkpoint.every", "0", "--optimizer.warmup_ratio", "0.1"]
 TOLERANCE = 0.02  # between planned and measured peak, on a GPU
+HOST_LIMIT = 8 * GIB  # of a process' own host memory
 # name: preset, budget ("" = what is free), options. Two micro-batches or more a step wherever the method allows it, so that gradients are kept.
 LARGE = "--optimizer.lr 3e-4 "
 CASES = {
@@ -156,9 +157,15 @@ class Watch(threading.Thread):
     def __init__(self, driver, interval=0.05):
         super().__init__(daemon=True)
         self.driver, self.interval, self.ended, self.pid = driver, interval, threading.Event(), None
-        self.before = driver.used() if driver else 0
+        self.before = self.in_use()
         self.others = set(driver.by_process()) if driver else set()
         self.peaks = {}
+
+    def in_use(self):
+        if not self.driver:
+            return 0
+        time.sleep(0.5)  # the driver takes a moment to clear up after a process
+        return self.driver.used()
 
     def note(self, key, value):
         self.peaks[key] = max(value, self.peaks.get(key, 0))
@@ -181,8 +188,7 @@ class Watch(threading.Thread):
         self.ended.set()
         self.join()
         if self.driver:
-            time.sleep(0.5)  # the driver takes a moment to clear up after a process
-            self.peaks["driver_left_bytes"] = self.driver.used() - self.before
+            self.peaks["driver_left_bytes"] = self.in_use() - self.before
         return self.peaks
 
 
@@ -270,6 +276,8 @@ def remarks(r):
             found.append(f"peak not within {100 * TOLERANCE:.0f} % of the plan")
         if abs(r.get("driver_left_bytes", 0)) > 2**26:
             found.append(f"other programs' use of the GPU changed by {r['driver_left_bytes'] / 2**20:.0f} MiB")
+    if r.get("host_own_bytes", 0) > HOST_LIMIT:
+        found.append(f"more than {HOST_LIMIT / GIB:.0f} GiB of host memory")
     return found
 
 

@@ -150,6 +150,7 @@ class Figures(unittest.TestCase):
                          ("above its budget", result(events(FALLING), plan=small)),
                          ("not within 2 % of the plan", result(events(FALLING), driver_peak_bytes=int(6.13 * GIB))),
                          ("not within 2 % of the plan", result(events(FALLING), driver_peak_bytes=int(5.87 * GIB))),
+                         ("more than 8 GiB of host memory", result(events(FALLING), host_own_bytes=8.1 * GIB)),
                          ("changed by -100 MiB", result(events(FALLING), driver_left_bytes=-100 * 2**20))):
             self.assertEqual(len(memory.remarks(r)), 1, words)
             self.assertIn(words, memory.remarks(r)[0])
