@@ -65,7 +65,7 @@ TEST_CASE("plan: weights, gradients and moments of 7B and 13B agree with the sum
     for (const Sums& m : {Sums{"7b", 6476005376.0, 939524096.0, 1619001344.0, 262410240.0}, Sums{"13b", 12687769600.0, 1468006400.0, 2537553920.0, 328094720.0}}) {
         INFO(m.name);
         Config c = preset(m.name);
-        c.train.micro_batch = 1;
+        c.train.micro_batch = 1, c.train.gradients = "bf16", c.optimizer.embedding_moments = "auto";
         MemoryPlan plan = plan_memory(c, DeviceKind::cuda);
         CHECK(gib_of(plan, "frozen weights") == Approx(q * (m.lin + m.p) / kGiB).epsilon(1e-3));
         CHECK(gib_of(plan, "trained weights") == Approx(2 * (m.b + m.e) / kGiB).epsilon(1e-3));

@@ -1,0 +1,451 @@
+#!/usr/bin/env python3
+"""Runs train_loqt case by case and compares the memory it planned with what it took: GPU memory by the driver, host memory by the kernel.
+
+    python3 bench/memory.py                                every case that this machine's device can run
+    python3 bench/memory.py --cases 7b-2560,13b-per-layer  some of them; --list shows all with their commands
+    python3 bench/memory.py --plan-only                    what is planned, without running anything: needs no GPU
+    python3 bench/memory.py --table1                       weights and optimizer beside the paper's Table 1: needs no GPU
+    python3 bench/memory.py --show A.json B.json           the table again, from files of earlier calls
+    python3 bench/memory.py --cases 1b -- --rank 256       after --, options of train_loqt for every case
+
+Each case is 20 steps with merges at steps 0 and 8 and a checkpoint at the end. Rows in Markdown are printed, and all figures written to --out, as
+soon as they are there. bench/README.md says what is measured and how. The status is 1 if a case failed or has a remark.
+"""
+import argparse
+import array
+import ctypes
+import itertools
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from report import GIB, number, table
+from run import ROOT, commit, config_path, gpu_there, say
+
+sys.path.append(os.path.join(ROOT, "scripts"))
+from summary import read_events  # noqa: E402
+
+STEPS, MERGE_GAP = 20, 8  # merges at 0 and 8: a merge needs as many steps again after it
+COMMON = ["--train.steps", str(STEPS), "--method.merge_gap", str(MERGE_GAP), "--eval.every", "0", "--checkpoint.every", "0", "--optimizer.warmup_ratio", "0.1"]
+TOLERANCE = 0.02  # between planned and measured peak, on a GPU
+HOST_LIMIT = 8 * GIB  # of a process' own host memory
+# name: preset, budget ("" = what is free), options. Two micro-batches or more a step wherever the method allows it, so that gradients are kept.
+LARGE = "--optimizer.lr 3e-4 "
+CASES = {
+    "60m": ("60m", "", "--optimizer.lr 1e-3"),
+    "130m": ("130m", "", "--optimizer.lr 1e-3"),
+    "350m": ("350m", "", "--optimizer.lr 1e-3"),
+    "1b": ("1b", "", "--optimizer.lr 1e-3"),
+    "7b-1280": ("7b", "24GiB", LARGE + "--train.batch 10 --train.micro_batch 5 --train.recompute light"),
+    "7b-2560": ("7b", "24GiB", LARGE + "--train.batch 20 --train.micro_batch 10 --train.recompute light --optimizer.embedding_moments bf16"),
+    "7b-block-8192": ("7b", "24GiB", LARGE + "--train.batch 64 --train.micro_batch 32 --train.recompute block"),
+    "7b-seq2048": ("7b", "24GiB", LARGE + "--train.seq_len 2048 --train.batch 2 --train.micro_batch 1"),
+    "7b-seq4096": ("7b", "24GiB", LARGE + "--train.seq_len 4096 --train.batch 2 --train.micro_batch 1"),
+    "13b-per-layer": ("13b", "20.5GiB", LARGE + "--train.batch 1 --train.micro_batch 1 --train.updates per_layer --optimizer.embedding_moments bf16"),
+    "13b-ordinary": ("13b", "23.5GiB", LARGE + "--train.batch 4 --train.micro_batch 1 --train.recompute block --train.gradients int8 --optimizer.embedding_moments bf16"),
+    "13b-40GiB": ("13b", "40GiB", LARGE + "--train.batch 64"),
+    "tiny": ("tiny", "", "--optimizer.lr 0.01 --train.batch 8 --train.micro_batch 4 --train.seq_len 64"),
+}
+# Weights and optimizer of the paper's Table 1, in its unit: MiB / 1000.
+TABLE1 = {"60m": {"full": 0.36, "loqt": 0.23, "loqt-nq": 0.28}, "130m": {"full": 0.76, "loqt": 0.49, "loqt-nq": 0.63},
+          "350m": {"full": 2.06, "loqt": 0.98, "loqt-nq": 1.47}, "1b": {"full": 7.80, "loqt": 3.16, "loqt-nq": 5.11}}
+CHOICES = ["train.recompute", "train.effective_weights", "train.updates", "train.gradients", "optimizer.moments", "optimizer.embedding_moments"]
+COLUMNS = ["case", "budget", "micro-batch", "recompute, weights, updates, gradients, moments, of embeddings", "planned, GiB", "peak, GiB", "difference",
+           "by the program, GiB", "loss", "tokens/s", "merge, s: first, later", "host: RSS, own, GiB", "start, s", "checkpoint, s", "wall, s", "remarks"]
+
+
+# Data
+
+def synthetic_tokens(count, vocab, seed=0):
+    """Token ids with something to learn: frequencies by Zipf's law, and after every other token, on average, the next id in rank."""
+    rng = random.Random(seed)
+    weights = list(itertools.accumulate(1 / (rank + 2) for rank in range(vocab)))
+    tokens = array.array("H", rng.choices(range(vocab), cum_weights=weights, k=count))
+    for i, coin in enumerate(rng.choices((True, False), k=count - 1), 1):
+        if coin:
+            tokens[i] = (tokens[i - 1] + 1) % vocab
+    return tokens
+
+
+def write_shard(path, tokens):
+    """A shard of 16-bit tokens as in data/README.md."""
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253))
+        tokens.tofile(file)
+
+
+def synthetic_shards(folder, vocab, count):
+    """A folder of at least `count` tokens, made once for a vocabulary and size."""
+    path = os.path.join(folder, f"synthetic-{vocab}-{count}")
+    if not os.path.exists(path):
+        os.makedirs(path)
+        write_shard(os.path.join(path, "synthetic_train_000000.bin"), synthetic_tokens(count, vocab))
+    return path
+
+
+# Measuring
+
+class DriverMemory(ctypes.Structure):
+    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
+
+
+class DriverProcess(ctypes.Structure):
+    _fields_ = [("pid", ctypes.c_uint), ("used", ctypes.c_ulonglong), ("gpu_instance", ctypes.c_uint), ("compute_instance", ctypes.c_uint)]
+
+
+class Driver:
+    """What the driver says about one GPU's memory, through NVML, the library under nvidia-smi: a call takes well under a millisecond."""
+
+    def __init__(self, device):
+        self.nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        self.handle = ctypes.c_void_p()
+        self.call("nvmlInit_v2")
+        index = int(device.split(":")[1]) if ":" in device else 0
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        name = visible[index] if index < len(visible) else str(index)
+        if name.isdigit():
+            self.call("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(int(name)), ctypes.byref(self.handle))
+        else:
+            self.call("nvmlDeviceGetHandleByUUID", name.encode(), ctypes.byref(self.handle))
+
+    def call(self, function, *arguments):
+        status = getattr(self.nvml, function)(*arguments)
+        if status:
+            raise OSError(f"{function}: status {status} of NVML")
+
+    def used(self):
+        """Bytes in use on the GPU, by whatever process."""
+        memory = DriverMemory()
+        self.call("nvmlDeviceGetMemoryInfo", self.handle, ctypes.byref(memory))
+        return memory.used
+
+    def by_process(self):
+        """{pid, as the driver knows it: bytes}; empty where the driver does not say, as in most containers."""
+        count, processes = ctypes.c_uint(64), (DriverProcess * 64)()
+        try:
+            self.call("nvmlDeviceGetComputeRunningProcesses_v3", self.handle, ctypes.byref(count), processes)
+        except (OSError, AttributeError):
+            return {}
+        return {p.pid: p.used for p in processes[:count.value] if p.used < 2**63}  # all ones: not known
+
+
+def host_memory(pid):
+    """{key: bytes} of /proc/PID/status: VmHWM (most resident so far, files included), RssAnon (the process' own now). Empty once it has ended."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8") as file:
+            lines = [line.split() for line in file]
+    except OSError:
+        return {}
+    return {line[0][:-1]: int(line[1]) * 1024 for line in lines if line[0] in ("VmHWM:", "RssAnon:")}
+
+
+class Watch(threading.Thread):
+    """Keeps the highest readings of a process' memory while it runs. GPU readings are above what was used before it was started."""
+
+    def __init__(self, driver, interval=0.05):
+        super().__init__(daemon=True)
+        self.driver, self.interval, self.ended, self.pid = driver, interval, threading.Event(), None
+        self.before = self.in_use()
+        self.others = set(driver.by_process()) if driver else set()
+        self.peaks = {}
+
+    def in_use(self):
+        if not self.driver:
+            return 0
+        time.sleep(0.5)  # the driver takes a moment to clear up after a process
+        return self.driver.used()
+
+    def note(self, key, value):
+        self.peaks[key] = max(value, self.peaks.get(key, 0))
+
+    def read(self):
+        for key, value in host_memory(self.pid).items():
+            self.note({"VmHWM": "host_rss_bytes", "RssAnon": "host_own_bytes"}[key], value)
+        if self.driver:
+            self.note("driver_peak_bytes", self.driver.used() - self.before)
+            mine = [used for pid, used in self.driver.by_process().items() if pid not in self.others]
+            if mine:
+                self.note("driver_process_bytes", sum(mine))
+
+    def run(self):
+        while not self.ended.wait(self.interval):
+            self.read()
+
+    def finish(self):
+        """The highest readings, and how much more of the GPU is in use than before the start: by others, if it is not near 0."""
+        self.ended.set()
+        self.join()
+        if self.driver:
+            self.peaks["driver_left_bytes"] = self.in_use() - self.before
+        return self.peaks
+
+
+def run_program(command, log, driver, timeout):
+    """Runs it to its end. → (peaks of memory, seconds, None or the error: the last line on stderr)."""
+    watch, begin = Watch(driver), time.time()
+    with open(log, "w+", encoding="utf-8", errors="replace") as file:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file)
+        try:
+            watch.pid = process.pid
+            watch.start()
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            status = "timeout"
+        finally:
+            process.kill()  # nothing to do if it has ended
+            process.wait()
+            peaks = watch.finish()
+        file.seek(0)
+        lines = file.read().strip().splitlines()
+    error = None
+    if status == "timeout":
+        error = f"stopped after {timeout:.0f} s"
+    elif status:
+        error = lines[-1].replace("train_loqt: ", "", 1) if lines else f"ended with status {status}"
+    return peaks, time.time() - begin, error
+
+
+def read_plan(command):
+    """The object that --plan --json prints for this command. Raises ValueError with the program's message."""
+    result = subprocess.run([*command, "--plan", "--json"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"--plan ended with status {result.returncode}"]
+        raise ValueError(lines[-1].replace("train_loqt: ", "", 1))
+    return json.loads(result.stdout)
+
+
+# Figures
+
+def falling(losses):
+    """The mean of the last quarter is below that of the first: single small batches scatter."""
+    quarter = max(1, len(losses) // 4)
+    return len(losses) > 1 and None not in losses and statistics.mean(losses[-quarter:]) < statistics.mean(losses[:quarter])
+
+
+def figures(events):
+    """What metrics.jsonl (events by kind, read_events) says about a run."""
+    train, merges = events.get("train", []), events.get("merge", [])
+    start, merged = events.get("start", [{}])[-1], {m["step"] + 1 for m in merges}  # line u + 1 contains merge u
+    plain = [s for s in train if s["step"] not in merged]
+    step_ms = statistics.median(s["step_ms"] for s in plain) if plain else None
+    by_step = {s["step"]: s for s in train}
+    return {
+        "device": start.get("device"), "method": start.get("method"), "micro_batch": start.get("micro_batch"), "run_planned_bytes": start.get("planned_bytes"),
+        "steps": len(train), "losses": [s["loss"] for s in train],  # None: not finite
+        "nonfinite": len(events.get("nonfinite", [])),
+        "tokens_per_s": statistics.median(s["tokens_per_s"] for s in plain) if plain else None,
+        "step_seconds": step_ms and step_ms / 1e3,
+        # What a merge costs in all: its step less the usual one.
+        "merges": [{"step": m["step"], "seconds": m["seconds"], "failed": m["failed"],
+                    "step_seconds_more": (by_step[m["step"] + 1]["step_ms"] - step_ms) / 1e3 if step_ms and m["step"] + 1 in by_step else None} for m in merges],
+        "program_peak_bytes": max((s["memory_bytes"] for s in train), default=None),
+        "checkpoint_seconds": sum(c["seconds"] for c in events["checkpoint"]) if "checkpoint" in events else None,
+    }
+
+
+def remarks(r):
+    """What is not as it should be, in words."""
+    found, low_rank = [r["error"]] if r.get("error") else [], r.get("method") not in (None, "full")
+    if r.get("steps"):
+        if r["nonfinite"] or None in r["losses"]:
+            found.append("loss or gradient not finite")
+        elif not falling(r["losses"]):
+            found.append("loss does not fall")
+        if low_rank and not any(0 < m["step"] < r["steps"] - 1 for m in r["merges"]):
+            found.append("no merge in the middle")
+        if sum(m["failed"] for m in r["merges"]):
+            found.append(f"{sum(m['failed'] for m in r['merges'])} matrices were not merged")
+    if r.get("run_planned_bytes") not in (None, r.get("planned_bytes")):
+        found.append(f"the run planned {r['run_planned_bytes'] / GIB:.3f} GiB, --plan {r['planned_bytes'] / GIB:.3f}")
+    if r.get("driver_peak_bytes") is not None and r.get("steps"):
+        if r["plan"]["budget"] and r["driver_peak_bytes"] > r["plan"]["budget"]:
+            found.append("above its budget")
+        if abs(r["driver_peak_bytes"] / r["planned_bytes"] - 1) > TOLERANCE:
+            found.append(f"peak not within {100 * TOLERANCE:.0f} % of the plan")
+        if abs(r.get("driver_left_bytes", 0)) > 2**26:
+            found.append(f"other programs' use of the GPU changed by {r['driver_left_bytes'] / 2**20:.0f} MiB")
+    if r.get("host_own_bytes", 0) > HOST_LIMIT:
+        found.append(f"more than {HOST_LIMIT / GIB:.0f} GiB of host memory")
+    return found
+
+
+def gib(value):
+    return "-" if value is None else f"{value / GIB:.2f}"
+
+
+def row(r):
+    """The cells of one case; "-" for what is not known. Peak is the driver's; without a GPU the program's."""
+    plan, losses = r.get("plan"), r.get("losses") or [None]
+    peak, planned = r.get("driver_peak_bytes", r.get("program_peak_bytes")), r["planned_bytes"]
+    merges = [m["step_seconds_more"] for m in r.get("merges", [])]
+    return [r["name"], r["budget"] or "-", f"{plan['tokens_per_micro_batch'] // plan['seq_len']} × {plan['seq_len']}" if plan else "-",
+            ", ".join(plan["choices"][key]["value"] if key in plan["choices"] else "-" for key in CHOICES) if plan else "-",
+            gib(planned), gib(peak), number(100 * (peak / planned - 1) if peak and planned else None, "{:+.2f} %"), gib(r.get("program_peak_bytes")),
+            f"{number(losses[0], '{:.3f}')} → {number(losses[-1], '{:.3f}')}", number(r.get("tokens_per_s")),
+            ", ".join(number(s, "{:.1f}") for s in merges) or "-", f"{gib(r.get('host_rss_bytes'))}, {gib(r.get('host_own_bytes'))}",
+            *(number(r.get(key), "{:.1f}") for key in ("start_seconds", "checkpoint_seconds", "wall_seconds")), "; ".join(r["remarks"])]
+
+
+def head():
+    return table(COLUMNS, []).rstrip("\n")
+
+
+def line(r):
+    return table(row(r), []).splitlines()[0]
+
+
+# Cases
+
+def budget_of(args, name):
+    return CASES[name][1] if args.budget is None else args.budget
+
+
+def command_of(args, name):
+    """train_loqt and its options for a case, but for data and run directory."""
+    preset, _, options = CASES[name]
+    budget = budget_of(args, name)
+    return [args.binary, "--config", config_path(preset), "--run.device", args.device, *COMMON, *shlex.split(options),
+            *(["--run.memory_budget", budget] if budget else []), *args.overrides]
+
+
+def measure(args, name, driver):
+    """One case: planned, run, judged."""
+    command = command_of(args, name)
+    r = {"name": name, "command": shlex.join(["./train_loqt", *command[1:]]), "budget": budget_of(args, name), "planned_bytes": None}
+    folder = os.path.join(args.work, name)
+    try:
+        plan = r["plan"] = read_plan(command)
+        r["planned_bytes"] = plan["total"]
+        if args.plan_only:
+            return r
+        data = args.data or synthetic_shards(args.work, plan["model"]["vocab"], STEPS * plan["batch"] * plan["seq_len"] + 1)
+        begin = time.time()
+        peaks, r["wall_seconds"], r["error"] = run_program([*command, "--data.train", data, "--data.val", "", "--run.dir", folder], folder + ".log", driver, args.timeout)
+        r.update(peaks)
+        if os.path.exists(os.path.join(folder, "metrics.jsonl")):
+            events = read_events(folder)
+            r.update(figures(events))
+            if "start" in events:
+                r["start_seconds"] = events["start"][0]["time"] - begin
+    except (ValueError, OSError) as error:
+        r["error"] = str(error)
+    finally:
+        if not args.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    return r
+
+
+def table1(args):
+    """Planned weights and moments with Adam in bf16, as the paper's, in the paper's unit."""
+    rows = []
+    for preset, paper in TABLE1.items():
+        cells = []
+        for method, published in paper.items():
+            plan = read_plan([args.binary, "--config", config_path(preset), "--run.device", "cuda", "--method.name", method, "--optimizer.moments", "bf16",
+                              "--train.batch", "1", "--train.micro_batch", "1", *args.overrides])
+            cells += [f"{plan['weights_and_optimizer_bytes'] / 2**20 / 1000:.3f}", f"{published:.2f}"]
+        rows.append([preset, *cells])
+    methods = next(iter(TABLE1.values()))
+    return table(["preset", *(text for method in methods for text in (method, f"{method}, paper"))], rows)
+
+
+def parse_arguments(argv):
+    at = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", help="names, in this order [all but tiny; on a CPU tiny]")
+    parser.add_argument("--list", action="store_true", help="print the cases with their commands")
+    parser.add_argument("--plan-only", action="store_true", help="plan the cases, run none")
+    parser.add_argument("--table1", action="store_true", help="weights and optimizer beside the paper's Table 1")
+    parser.add_argument("--show", nargs="+", metavar="FILE.json", help="print the table from these files; a case that is in several counts as in the last")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    parser.add_argument("--budget", help='instead of every case\'s own, such as 40GiB; "" for what is free')
+    parser.add_argument("--data", help="folder of token shards [synthetic ones, made here]")
+    parser.add_argument("--work", help="folder for run directories; 13b needs 25 GB [a temporary one]")
+    parser.add_argument("--keep", action="store_true", help="keep run directories")
+    parser.add_argument("--timeout", type=float, default=400, help="seconds a case may take [400]")
+    parser.add_argument("--binary", default=os.path.join(ROOT, "train_loqt"), help="the program [./train_loqt]")
+    parser.add_argument("--out", default=os.path.join(ROOT, "build", "memory.json"), help="where to write the figures [build/memory.json]")
+    args = parser.parse_args(argv[:at])
+    args.overrides = argv[at + 1:]
+    args.binary = os.path.abspath(args.binary)
+    if args.device == "auto" and not args.plan_only and not args.list:
+        args.device = "cuda" if gpu_there() else "cpu"
+    elif args.device == "auto":
+        args.device = "cuda"
+    args.names = args.cases.split(",") if args.cases else ["tiny"] if args.device == "cpu" else [name for name in CASES if name != "tiny"]
+    unknown = [name for name in args.names if name not in CASES]
+    if unknown:
+        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
+    return args
+
+
+def read_reports(paths):
+    cases = {}
+    for path in paths:
+        with open(path, encoding="utf-8") as file:
+            cases.update({r["name"]: r for r in json.load(file)["cases"]})
+    return list(cases.values())
+
+
+def run_cases(args, command):
+    """Prints each case's row when it has it. → their figures."""
+    driver = Driver(args.device) if args.device.startswith("cuda") and not args.plan_only else None
+    report = {"commit": commit(), "date": time.strftime("%Y-%m-%d"), "command": command, "cases": []}
+    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+    print(head(), flush=True)
+    for name in args.names:
+        say(f"{name} ...")
+        r = measure(args, name, driver)
+        r["remarks"] = remarks(r)
+        report["cases"].append(r)
+        print(line(r), flush=True)
+        with open(args.out, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+            file.write("\n")
+    return report["cases"]
+
+
+def main(argv):
+    args = parse_arguments(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the program and its files go too
+    if args.show:
+        print("\n".join([head(), *map(line, read_reports(args.show))]))
+        return 0
+    if args.list:
+        for name in args.names:
+            command = command_of(args, name)
+            print(f"{name:15} {shlex.join(['./train_loqt', '--config', CASES[name][0], *command[3:]])}")
+        return 0
+    if args.table1:
+        print(table1(args), end="")
+        return 0
+    own = args.work is None
+    args.work = tempfile.mkdtemp(prefix="train_loqt-memory-") if own else os.path.abspath(args.work)
+    os.makedirs(args.work, exist_ok=True)
+    try:
+        cases = run_cases(args, "python3 bench/memory.py " + shlex.join(argv))
+    finally:
+        if own and not args.keep:
+            shutil.rmtree(args.work, ignore_errors=True)
+        elif args.keep:
+            say(f"run directories are in {args.work}")
+    return 1 if any(r["remarks"] for r in cases) else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (OSError, ValueError) as error:
+        sys.exit(f"memory.py: {error}")

@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""Draws what GPU memory goes to: a bar per method and model size, stacked by component, from train_loqt --plan --json, with a line at 24 GiB.
+
+    python3 scripts/plot_memory.py -o docs/memory.png                              planned bars for 1b, 7b and 13b
+    python3 scripts/plot_memory.py --measured build/memory.json -o docs/memory.png and the runs of bench/memory.py: their plan, and a mark at the measured peak
+
+Planned bars: one sequence of 256 tokens, bf16 gradients of all trained weights (per layer: of the largest layer alone), norms and SwiGLU computed again, no kept
+effective weights, no merge workers (a run adds these where there is room). Needs matplotlib and a built ./train_loqt, no GPU.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+GIB = 2**30
+CARD = 24  # GiB
+COMMON = "--run.device cuda --train.seq_len 256 --train.batch 1 --train.micro_batch 1 --train.gradients bf16 --train.recompute light"
+LOQT = "--method.name loqt --method.projection_gradient last --train.effective_weights factored"
+METHODS = {
+    "full, bf16 Adam": "--method.name full --optimizer.moments bf16",
+    "full, 8-bit Adam": "--method.name full --optimizer.moments int8",
+    "full, 8-bit Adam, per layer": "--method.name full --optimizer.moments int8 --train.updates per_layer",
+    "loqt, bf16 Adam": LOQT + " --optimizer.moments bf16",
+    "loqt, 8-bit Adam": LOQT + " --optimizer.moments int8",
+    "loqt, 8-bit Adam, per layer": LOQT + " --optimizer.moments int8 --train.updates per_layer",
+}
+# Component: colour (of Okabe and Ito, told apart by colour-blind people), lines of the plan. A line that is in none counts as scratch.
+COMPONENTS = {
+    "weights": ("#0072B2", ["frozen weights", "trained weights"]),
+    "gradients": ("#E69F00", ["gradients"]),
+    "optimizer moments": ("#009E73", ["optimizer moments"]),
+    "activations": ("#CC79A7", ["activations"]),
+    "merges, scratch": ("#F0E442", []),
+    "CUDA context, libraries": ("#999999", ["cuBLAS workspace", "CUDA context and libraries (estimate)"]),
+}
+SCRATCH = "merges, scratch"
+
+
+def components(lines, without=()):
+    """{component: bytes} of the lines of a plan."""
+    sums = dict.fromkeys(COMPONENTS, 0)
+    for entry in lines:
+        if entry["name"] not in without:
+            sums[next((c for c, (_, names) in COMPONENTS.items() if entry["name"] in names), SCRATCH)] += entry["bytes"]
+    return sums
+
+
+def planned_bars(binary, size):
+    """[(label, {component: bytes}, None)] of every method; one that cannot be planned is left out with a word on stderr."""
+    bars = []
+    for label, options in METHODS.items():
+        result = subprocess.run([binary, "--config", size, *COMMON.split(), *options.split(), "--plan", "--json"], capture_output=True, text=True)
+        if result.returncode:
+            print(f"plot_memory.py: {size}, {label}: {result.stderr.strip()}", file=sys.stderr)
+        else:
+            bars.append((label, components(json.loads(result.stdout)["lines"], without=["merge workers"]), None))
+    return bars
+
+
+def measured_bars(paths):
+    """[(case, {component: bytes}, measured peak in bytes)] of the cases in files of bench/memory.py that ran to their end."""
+    bars = {}
+    for path in paths:
+        with open(path, encoding="utf-8") as file:
+            for case in json.load(file)["cases"]:
+                peak = case.get("driver_peak_bytes", case.get("program_peak_bytes"))
+                if peak and not case.get("error"):
+                    label = case["name"] + (f" ({case['budget']})" if case["budget"] else "")
+                    bars[case["name"]] = (label, components(case["plan"]["lines"]), peak)
+    return list(bars.values())
+
+
+def draw_panel(axes, title, bars):
+    peak_of = lambda bar: max(sum(bar[1].values()), bar[2] or 0) / GIB
+    widest = max(CARD * 1.05, *map(peak_of, bars))
+    for y, (_, parts, peak) in enumerate(bars):
+        left = 0.0
+        for name, (colour, _) in COMPONENTS.items():
+            width = parts[name] / GIB
+            axes.barh(y, width, left=left, color=colour, edgecolor="white", linewidth=0.6, height=0.72)
+            if width > 0.045 * widest:
+                axes.text(left + width / 2, y, f"{width:.1f}", ha="center", va="center", fontsize=7, color="black" if name != "weights" else "white")
+            left += width
+        text = f"{left:.1f} GiB" + (f", measured {peak / GIB:.1f}" if peak else "")
+        axes.text(peak_of(bars[y]) + 0.012 * widest, y, text, va="center", fontsize=8, bbox={"color": "white", "pad": 0.5})
+        if peak:
+            axes.plot(peak / GIB, y, "D", color="black", markersize=5, markeredgecolor="white")
+    axes.axvline(CARD, color="black", linestyle="--", linewidth=1, zorder=2.5)  # over the bars, under the text
+    axes.set_yticks(range(len(bars)), [bar[0] for bar in bars], fontsize=8)
+    axes.set(xlim=(0, 1.24 * widest), title=title)
+    axes.title.set_fontsize(9)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.invert_yaxis()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def draw(panels, path):
+    """panels: [(title, bars)], each with a scale of its own."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import lines, patches, pyplot
+
+    heights = [len(bars) for _, bars in panels]
+    figure, all_axes = pyplot.subplots(len(panels), 1, figsize=(8.5, 1.0 + 0.55 * len(panels) + 0.27 * sum(heights)), dpi=120, squeeze=False,
+                                       gridspec_kw={"height_ratios": heights}, layout="constrained")
+    for axes, (title, bars) in zip(all_axes[:, 0], panels):
+        draw_panel(axes, title, bars)
+    all_axes[-1, 0].set_xlabel("GPU memory, GiB", fontsize=8)
+    keys = [patches.Patch(color=colour, label=name) for name, (colour, _) in COMPONENTS.items()]
+    keys.append(lines.Line2D([], [], color="black", linestyle="--", linewidth=1, label=f"{CARD} GiB"))
+    if any(bar[2] for _, bars in panels for bar in bars):
+        keys.append(lines.Line2D([], [], color="black", marker="D", linestyle="", markersize=5, label="measured peak"))
+    figure.legend(handles=keys, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="1b,7b,13b", help='configurations to plan; "" for none [1b,7b,13b]')
+    parser.add_argument("--measured", nargs="+", default=[], metavar="FILE.json", help="what bench/memory.py wrote")
+    parser.add_argument("--binary", default=os.path.join(ROOT, "train_loqt"), help="the program [./train_loqt]")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE.png", help="the picture; FILE.svg works too")
+    args = parser.parse_args(argv)
+    try:
+        panels = [(f"{size}, one sequence of 256 tokens, planned", planned_bars(args.binary, size)) for size in args.sizes.split(",") if size]
+        panels.append(("runs: planned, and measured by the driver", measured_bars(args.measured)))
+        panels = [(title, bars) for title, bars in panels if bars]
+        if not panels:
+            print("plot_memory.py: nothing to draw", file=sys.stderr)
+            return 2
+        draw(panels, args.output)
+    except ImportError as error:
+        print(f"plot_memory.py: {error}; it needs matplotlib: python3 -m pip install matplotlib", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"plot_memory.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
