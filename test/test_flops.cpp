@@ -1,5 +1,8 @@
 // FLOP counts against the books of a profiler and a model's own tensors; peaks of GPUs by name and by measurement.
 #include "flops.h"
+
+#include <tuple>
+
 #include "runtime/profile.h"
 #include "test/model_fixture.h"
 #include "training_step.h"
@@ -94,6 +97,11 @@ TEST_CASE("cost per token: known orders of the ways to train", "[flops]") {
                 }
                 CHECK(cost(name, "light", "cached", m, kind) < cost(name, "light", "rebuilt", m, kind));
             }
+    // Steps measured on an H200 (bench/README.md), where large products run at 690 TFLOP/s.
+    for (auto [name, m, rate] : {std::tuple<const char*, int64_t, double>{"60m", 512, 1872019}, {"130m", 512, 799479}, {"350m", 256, 288332}, {"1b", 256, 90404}}) {
+        INFO(name);
+        CHECK(690e12 / cost(name, "light", "cached", m) == Approx(rate).epsilon(0.1));
+    }
     Config c = tiny_config("loqt", "rebuilt", 2, 2);
     CHECK(cost_per_token(c, DeviceKind::cuda, 4) < cost_per_token(c, DeviceKind::cuda, 2));
     CHECK(cost_per_token(c, DeviceKind::cuda, 2) < cost_per_token(c, DeviceKind::cuda));

@@ -64,8 +64,8 @@ TEST_CASE("plan: weights, gradients and moments of 7B and 13B agree with the sum
     const double q = 0.515869;
     for (const Sums& m : {Sums{"7b", 6476005376.0, 939524096.0, 1619001344.0, 262410240.0}, Sums{"13b", 12687769600.0, 1468006400.0, 2537553920.0, 328094720.0}}) {
         INFO(m.name);
-        Config c = preset(m.name);
-        c.train.micro_batch = 1, c.train.gradients = "bf16", c.optimizer.embedding_moments = "auto";
+        const Config paper = changed(preset(m.name), {{"micro_batch", "1"}, {"gradients", "bf16"}, {"moments", "int8"}, {"embedding_moments", "auto"}});
+        Config c = paper;
         MemoryPlan plan = plan_memory(c, DeviceKind::cuda);
         CHECK(gib_of(plan, "frozen weights") == Approx(q * (m.lin + m.p) / kGiB).epsilon(1e-3));
         CHECK(gib_of(plan, "trained weights") == Approx(2 * (m.b + m.e) / kGiB).epsilon(1e-3));
@@ -79,10 +79,10 @@ TEST_CASE("plan: weights, gradients and moments of 7B and 13B agree with the sum
             c.optimizer.embedding_moments = moments;
             CHECK(gib_of(plan_memory(c, DeviceKind::cuda), "optimizer moments") == Approx((2.03125 * m.b + bytes * m.e) / kGiB).epsilon(1e-3));
         }
-        c = preset(m.name);
-        c.train.micro_batch = 1, c.train.gradients = "int8";  // an 8-bit code and 1/64 of a scale per element of B
+        c = paper;
+        c.train.gradients = "int8";  // an 8-bit code and 1/64 of a scale per element of B
         CHECK(gib_of(plan_memory(c, DeviceKind::cuda), "gradients") == Approx((1.0 * m.b + 2 * m.e) / kGiB).epsilon(3e-2));
-        c = changed(preset(m.name), {{"updates", "per_layer"}, {"batch", "1"}});
+        c = changed(paper, {{"updates", "per_layer"}, {"batch", "1"}});
         CHECK(gib_of(plan_memory(c, DeviceKind::cuda), "gradients") < 0.6);  // the largest tensor: the embedding
     }
 }
