@@ -155,10 +155,6 @@ std::vector<PlannedChoice> choices_of(const Config& asked, const Config& config,
     return all;
 }
 
-}  // namespace
-
-namespace {
-
 // Settings changed together, as on the command line.
 using Change = std::vector<Override>;
 

@@ -89,7 +89,7 @@ Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, b
     for (const std::string& change : changes) changed += (changed.empty() ? "" : ", ") + change;
     metrics_->write(resume ? "resume" : "start",
                     {{"step", step_}, {"device", device_.name()}, {"method", config_.method.name}, {"parameters", parameter_count(config_)},
-                     {"micro_batch", config_.train.micro_batch}, {"effective_weights", config_.train.effective_weights}, {"merge_workers", int64_t(plan.workers)},
+                     {"micro_batch", config_.train.micro_batch}, {"effective_weights", config_.train.effective_weights}, {"recompute", config_.train.recompute}, {"merge_workers", int64_t(plan.workers)},
                      {"peak_tflops", peak_.flops > 0 ? peak_.flops * 1e-12 : NAN}, {"peak_source", peak_.source},
                      {"train_tokens", int64_t(train_data_->tokens())}, {"planned_bytes", planned_bytes_}, {"changed", changed}});
     progress_->note(format("%s: %s, %s parameters, %s on %s", config_.run.dir.c_str(), resume ? format("resumed at step %lld", (long long)step_).c_str() : "new run",

@@ -97,9 +97,16 @@ class MistakeTest(ProgramTest):
     def test_memory_budget(self):
         budget, long = "30MiB", ("--seq_len", 1024, "--eval.sequences", 1, "--steps", 1)
         line = self.mistake(new_run(self.name(), *long, "--device", DEVICE, "--memory_budget", "8MiB"), "does not fit", "8.00 MiB",
-                            "it fits with --seq_len 128" if DEVICE == "cpu" else "choose a smaller model")
+                            "it fits with --" if DEVICE == "cpu" else "choose a smaller model")
         self.assertRegex(line, r"[\d.]+ [MG]iB planned")
+        # Start, merges, evaluation, checkpoints and a resume within exactly what was planned: the device lets no allocation pass its budget.
+        planned = metrics(self.train("--eval.sequences", 1))[0]["planned_bytes"]
+        name = self.train("--eval.sequences", 1, "--memory_budget", f"{planned}B")
+        self.succeed("--resume", "--run.dir", name, "--steps", 16)
+        self.assertEqual([e["planned_bytes"] for e in metrics(name) if e["event"] in ("start", "resume")], [planned] * 2)
         if DEVICE == "cpu":
+            name = self.train(*long, "--memory_budget", "8MiB", *line.split("it fits with ")[1].split())
+            self.assertLessEqual(metrics(name)[0]["planned_bytes"], 8 << 20)
             self.mistake(new_run(self.name(), *long, "--micro_batch", 4, "--memory_budget", budget), "--micro_batch auto")
             name = self.train(*long, "--micro_batch", "auto", "--memory_budget", budget)
             self.assertLessEqual(metrics(name)[0]["planned_bytes"], 30 << 20)
@@ -157,7 +164,7 @@ class MistakeTest(ProgramTest):
 
 class MetricsTest(ProgramTest):
     KEYS = {
-        "start": "step device method parameters merge_workers peak_tflops peak_source train_tokens planned_bytes",
+        "start": "step device method parameters micro_batch effective_weights recompute merge_workers peak_tflops peak_source train_tokens planned_bytes",
         "train": "step loss lr grad_norm tokens tokens_per_s mfu full_rank_equivalent_tflops step_ms memory_bytes",
         "eval": "step loss perplexity tokens",
         "merge": "step seconds quant_error captured_energy",
