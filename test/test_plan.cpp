@@ -258,7 +258,7 @@ TEST_CASE("a device holds to its limit, forks and their libraries included", "[p
             auto fork = device->fork();
             CHECK(device->allocated_bytes() == 4 * block + fork_bytes);
             fork->reserve_scratch(8 * block);
-            CHECK_THROWS_WITH(fork->allocate(8 * block + 1, "the last straw"), Catch::Contains("the last straw") && Catch::Contains("allowed"));
+            CHECK_THROWS_WITH(fork->allocate(8 * block + 1, "the last straw"), ContainsSubstring("the last straw") && ContainsSubstring("allowed"));
             CHECK_THROWS_AS(device->allocate(8 * block + 1, "the last straw"), UserError);
             CHECK(device->allocated_bytes() == 12 * block + fork_bytes);
             if (fork_bytes) CHECK_THROWS_AS(device->fork(), UserError);
