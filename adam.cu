@@ -294,36 +294,8 @@ template <bool kWide, MomentFormat F> __device__ void load_moment(const Moment<F
     }
 }
 
-// Eight bf16 in memory order.
-struct Bf16x8 {
-    uint32_t word[4];
-    __device__ __forceinline__ bf16 operator[](int k) const { return bf16{uint16_t(word[k / 2] >> (k % 2 * 16))}; }
-};
-
-// Eight values rounded with the draws of their group.
-__device__ __forceinline__ Bf16x8 round_stochastic(const float (&x)[8], const Philox4& draws) {
-    constexpr float largest = 3.38953139e38f;  // of bf16. Up to there rounding is one addition: the carry runs into mantissa and exponent.
-    bool ordinary = true;
-#pragma unroll
-    for (int k = 0; k < 8; ++k) ordinary &= fabsf(x[k]) <= largest;
-    Bf16x8 packed;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if (ordinary)
-            packed.word[i] = __byte_perm(bits_of_float(x[2 * i]) + (draws.x[i] & 0xffffu), bits_of_float(x[2 * i + 1]) + (draws.x[i] >> 16), 0x7632);
-        else
-            packed.word[i] = to_bf16_stochastic(x[2 * i], draws.x[i] & 0xffffu).bits | uint32_t(to_bf16_stochastic(x[2 * i + 1], draws.x[i] >> 16).bits) << 16;
-    }
-    return packed;
-}
-
 __device__ __forceinline__ Bf16x8 round_nearest(const float (&x)[8]) {
     return {{pack_bf16x2(x[0], x[1]), pack_bf16x2(x[2], x[3]), pack_bf16x2(x[4], x[5]), pack_bf16x2(x[6], x[7])}};
-}
-
-// One 16-byte store: left to itself the compiler splits it where the words come out of branches.
-__device__ __forceinline__ void store_words(void* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 // Elements begin .. begin + count − 1 = x.

@@ -11,25 +11,101 @@
 
 namespace {
 
-// FLOPs per token of one (out, in) matrix: y, dx (and dW if W is trained); low-rank: x·P and dB, plus forming s·P·B twice per micro-batch.
-double linear_flops(const Config& c, double out, double in) {
-    double product = 2.0 * out * in;
-    if (!c.low_rank()) return 3 * product;
-    double r = std::min({double(c.method.rank), out, in});
-    double tokens = double(c.train.micro_batch) * double(c.train.seq_len);
-    // x·P and dB need 2r(m + n); so do x·P·B beside x·W, and dy·B·P beside dy·W.
-    if (c.train.effective_weights == "factored") return 2 * product + 6.0 * r * (out + in);
-    double builds = c.train.effective_weights == "cached" ? 1.0 / double(c.micro_batches()) : 2.0;
-    return 2 * product + 2.0 * r * (out + in) + builds * r * product / tokens;
+struct Matrix {
+    double out, in, rank;
+    bool last;  // of its block: its output is the next block's input, which is kept
+    bool left() const { return out >= in; }
+    double size() const { return out * in; }
+};
+
+// The seven of a block.
+std::vector<Matrix> matrices(const Config& c) {
+    double h = double(c.model.hidden), f = double(c.model.intermediate), kv = double(c.kv_heads() * c.model.head_dim());
+    std::vector<Matrix> all;
+    for (auto [out, in] : {std::pair<double, double>{h, h}, {kv, h}, {kv, h}, {h, h}, {f, h}, {f, h}, {h, f}})
+        all.push_back({out, in, c.low_rank() ? std::min({double(c.method.rank), out, in}) : 0, in == f && all.size() == 6});
+    return all;
+}
+
+double tokens_of(const Config& c) { return double(c.train.micro_batch) * double(c.train.seq_len); }
+bool factored(const Config& c) { return c.low_rank() && c.train.effective_weights == "factored"; }
+bool cached(const Config& c) { return c.low_rank() && c.train.effective_weights == "cached"; }
+bool again(const Config& c) { return c.train.recompute == "block"; }
+
+// How often a micro-batch makes W_eff (factored: W), a use being a forward or a backward pass.
+double builds(const Config& c, double uses) { return !c.low_rank() ? 0 : cached(c) ? 1.0 / double(c.micro_batches()) : uses; }
+double adapter_flops(const Matrix& m) { return 2 * m.rank * (m.out + m.in); }  // through P and B, a token
+double attention_flops(const Config& c) { return 2.0 * double(c.train.seq_len) * double(c.model.hidden); }  // causal half of 4·S·h, a token
+
+// FLOPs per token of one matrix: y, dx and dW; low-rank: y, dx, x·P and dB, plus forming s·P·B for the forward and for the backward pass.
+double linear_flops(const Config& c, const Matrix& m) {
+    if (!c.low_rank()) return 6 * m.size();
+    // x·P·B stands beside x·W, dy·B·P beside dy·W; and x·P, if kept, need not be made for dB.
+    if (factored(c)) return 4 * m.size() + 3 * adapter_flops(m) - (m.left() ? 2 * m.rank * m.in : 0);
+    return 4 * m.size() + adapter_flops(m) + builds(c, 2) * 2 * m.rank * m.size() / tokens_of(c);
+}
+
+// What a plain forward pass through it costs once more.
+double repeated_linear_flops(const Config& c, const Matrix& m) {
+    double build = factored(c) ? adapter_flops(m) : cached(c) ? 0 : 2 * m.rank * m.size() / tokens_of(c);
+    return 2 * m.size() + build;
 }
 
 }  // namespace
 
 double training_flops_per_token(const Config& c) {
-    double h = double(c.model.hidden), f = double(c.model.intermediate), kv = double(c.kv_heads() * c.model.head_dim());
-    double linears = linear_flops(c, h, h) + 2 * linear_flops(c, kv, h) + linear_flops(c, h, h) + 2 * linear_flops(c, f, h) + linear_flops(c, h, f);
-    double attention = 3.5 * 2.0 * double(c.train.seq_len) * h;  // 2·S·h forward (causal half of 4·S·h), 2.5 times that backward
-    return double(c.model.layers) * (linears + attention) + 6.0 * h * double(c.model.vocab);
+    double block = 3.5 * attention_flops(c);  // the backward pass is 2.5 times the forward
+    for (const Matrix& m : matrices(c)) block += linear_flops(c, m);
+    return double(c.model.layers) * block + 6.0 * double(c.model.hidden * c.model.vocab);
+}
+
+double machine_flops_per_token(const Config& c) {
+    double layers = double(c.model.layers), repeated = attention_flops(c), again_in_backward = 0;
+    for (const Matrix& m : matrices(c)) {
+        if (factored(c) && m.left() && c.train.recompute != "none") again_in_backward += 2 * m.rank * m.in;
+        if (!m.last) repeated += repeated_linear_flops(c, m);
+    }
+    return training_flops_per_token(c) + layers * again_in_backward + (again(c) ? (layers - 1) * repeated : 0);
+}
+
+// Three kinds of cost, each turned into FLOPs:
+//   products         as counted.
+//   memory traffic   element-wise operations per token; making weights per micro-batch, however few tokens share it. A GPU does some
+//                    180 FLOPs while a byte moves (H200: 790 TFLOP/s over 4.3 TB/s; others 76 to 300).
+//   beginnings       a product or kernel takes 5 or 6 µs before it runs at full rate, 4e9 FLOPs: at 690 TFLOP/s a product of a 2048 × 2048
+//                    matrix then reaches 250 of them with 256 rows (measured: 211), 510 with 1,280 (533), 670 with 16,384 (697).
+// A CPU moves its bytes for less and begins at once. Merges and the optimizer cost the same whatever is chosen.
+double cost_per_token(const Config& c, DeviceKind kind) {
+    const bool cuda = kind == DeviceKind::cuda, nf4 = c.method.name == "loqt";
+    const double per_byte = cuda ? 180 : 5, per_operation = cuda ? 4e9 : 1e5, element = cuda ? 2 : 4;
+    const double h = double(c.model.hidden), f = double(c.model.intermediate), kv = double(c.kv_heads() * c.model.head_dim()), layers = double(c.model.layers);
+    const double repeated = again(c) ? (layers - 1) / layers : 0;  // share of the forward pass that is run again
+
+    // Elements moved per token and block: norms, rotation, attention, SwiGLU; in the backward pass their inputs written again for the gradients of weights.
+    double forward = 4 * h + 2 * (h + kv) + 2 * (h + kv) + 3 * f;
+    double backward = 8 * h + 4 * (h + kv) + 5 * f + (c.train.recompute == "none" ? 0 : 2 * h + f);
+    double moved = element * (layers * (forward * (1 + repeated) + backward) + 2 * double(c.model.vocab));
+
+    // Bytes moved and operations begun per micro-batch and block. A gradient that more will be added to is read and written, in fewer bits by way of fp32.
+    const bool wide_sums = !cuda || c.train.gradients == "fp32";
+    const double gradient = c.micro_batches() == 1 ? (wide_sums ? 4 : 2) : wide_sums ? 8 : 12;
+    double bytes = 0, begun = 10 + 5 * repeated;  // norms, rotation, attention, SwiGLU
+    for (const Matrix& m : matrices(c)) {
+        double uses = 2 + (m.last ? 0 : repeated), made = builds(c, uses), wide = std::max(m.out, m.in), narrow = std::min(m.out, m.in);
+        begun += uses + 1;
+        if (!c.low_rank()) {
+            bytes += gradient * m.size();
+            continue;
+        }
+        bytes += gradient * m.rank * wide;
+        begun += 2;  // P, and its product with x or dy for the gradient of B
+        // NF4 is half a byte and becomes an element; W_eff gets P·B added, to W where that is stored as it is needed.
+        if (nf4) bytes += made * (0.516 + element) * (m.size() + m.rank * narrow), begun += 2 * made;
+        if (!factored(c)) bytes += made * (nf4 ? 2 : 4) * element * m.size(), begun += made;
+        if (factored(c)) begun += 2 * uses;  // through P, through B
+    }
+    double per_micro_batch = layers * (per_byte * bytes + per_operation * begun) + 10 * per_operation;
+    return machine_flops_per_token(c) + per_byte * moved + per_micro_batch / tokens_of(c);
 }
 
 int64_t parameter_count(const Config& c) {
@@ -102,5 +178,7 @@ PeakFlops peak_flops(Device& device) {
     if (!device.is_cuda() || device.dry()) return {};
     double known = data_sheet_flops(device.name());
     if (known > 0) return {known, "data sheet"};
-    return {measure_product_flops(device, 4096), "measured"};
+    int64_t size = 4096;
+    while (size > 256 && 10 * size * size * size_of(device.activation_dtype()) > device.allowed_bytes()) size /= 2;
+    return {measure_product_flops(device, size), "measured"};
 }

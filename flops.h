@@ -7,8 +7,14 @@
 #include "runtime/device.h"
 
 // Per trained token, forward and backward: products of the linear layers as the method computes them (W_eff formed as often
-// as train.effective_weights says), causal attention, LM head. Recomputed element-wise work, merges and evaluation are not counted.
+// as train.effective_weights says), causal attention, LM head. What train.recompute does over again, element-wise work, merges and
+// evaluation are not counted: this is what MFU credits. train.micro_batch must be resolved, here and below.
 double training_flops_per_token(const Config& config);
+// The same with what is made again in the backward pass (light: x·P of factored weights; block: the forward of all blocks).
+double machine_flops_per_token(const Config& config);
+// How long a token takes, for comparing plans of one configuration: the machine's FLOPs, plus 180 for every byte that element-wise operations and the making
+// of weights move, plus 4e9 for every operation begun. Never rises with train.micro_batch.
+double cost_per_token(const Config& config, DeviceKind kind);
 // Parameters of the plain model.
 int64_t parameter_count(const Config& config);
 // 6·N per trained token, N = parameter_count: what full-rank training of the same model is commonly said to need.

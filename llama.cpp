@@ -25,6 +25,15 @@ Tensor first_cols(const Tensor& t, int64_t cols) { return t.col_slice(0, cols); 
 
 }  // namespace
 
+BlockActivations BlockActivations::first(int64_t tokens, int64_t heads) const {
+    BlockActivations a;
+    a.x_mid = first_rows(x_mid, tokens), a.rstd1 = first_cols(rstd1, tokens), a.rstd2 = first_cols(rstd2, tokens);
+    a.q_k_v = first_rows(q_k_v, tokens), a.attention = first_rows(attention, tokens), a.lse = first_cols(lse, tokens * heads);
+    a.gates = first_rows(gates, tokens);
+    if (normed1.rows) a.normed1 = first_rows(normed1, tokens), a.normed2 = first_rows(normed2, tokens), a.swiglu = first_rows(swiglu, tokens);
+    return a;
+}
+
 Llama::Llama(const Config& config, Device& device, bool training)
     : config_(config), device_(device), capacity_(config.train.micro_batch * config.train.seq_len) {
     int64_t hd = config.model.head_dim();
@@ -49,15 +58,17 @@ void Llama::register_tensors(bool training) {
     DType act = device_.activation_dtype();
     int64_t T = capacity_, hd = m.head_dim(), q = m.heads * hd, kv = config_.kv_heads() * hd, f = padded_width(m.intermediate);
 
-    register_parameter(reg, embedding_, "model.embed_tokens.weight", m.vocab, m.hidden, Precision::moments32);
+    register_parameter(reg, embedding_, "model.embed_tokens.weight", m.vocab, m.hidden, Precision::embedding);
+    const Recompute recompute = recompute_of(config_);
     blocks_.resize(m.layers);
+    activations_.resize(!training || recompute == Recompute::block ? 1 : m.layers);  // without a backward pass nothing needs to stay
     for (int64_t i = 0; i < m.layers; ++i) {
         Block& b = blocks_[i];
         std::string prefix = "model.layers." + std::to_string(i) + ".";
-        register_parameter(reg, b.norm1, prefix + "input_layernorm.weight", 1, m.hidden, Precision::all32);
+        register_parameter(reg, b.norm1, prefix + "input_layernorm.weight", 1, m.hidden, Precision::exact);
         b.qkv.configure(config_, m.hidden, {{prefix + "self_attn.q_proj.weight", q}, {prefix + "self_attn.k_proj.weight", kv}, {prefix + "self_attn.v_proj.weight", kv}});
         b.o.configure(config_, q, {{prefix + "self_attn.o_proj.weight", m.hidden}});
-        register_parameter(reg, b.norm2, prefix + "post_attention_layernorm.weight", 1, m.hidden, Precision::all32);
+        register_parameter(reg, b.norm2, prefix + "post_attention_layernorm.weight", 1, m.hidden, Precision::exact);
         b.gate_up.configure(config_, m.hidden, {{prefix + "mlp.gate_proj.weight", m.intermediate}, {prefix + "mlp.up_proj.weight", m.intermediate}});
         b.down.configure(config_, m.intermediate, {{prefix + "mlp.down_proj.weight", m.hidden}});
         for (LinearGroup* group : {&b.qkv, &b.o, &b.gate_up, &b.down}) group->register_tensors(reg);
@@ -65,14 +76,22 @@ void Llama::register_tensors(bool training) {
         auto activation = [&](const char* name, Tensor* t, DType dtype, int64_t rows, int64_t cols) {
             table_.add(prefix + name, Family::activations, t, dtype, rows, cols, false);
         };
-        activation("x", &b.x, act, T, m.hidden), activation("x_mid", &b.x_mid, act, T, m.hidden);
-        activation("rstd1", &b.rstd1, DType::f32, 1, T), activation("rstd2", &b.rstd2, DType::f32, 1, T);
-        activation("qkv", &b.q_k_v, act, T, q + 2 * kv);
-        activation("attention", &b.attention, act, T, q), activation("lse", &b.lse, DType::f32, 1, T * m.heads);
-        activation("gate_up", &b.gates, act, T, 2 * f);
+        activation("x", &b.x, act, T, m.hidden);
+        const bool shared = i >= int64_t(activations_.size());
+        BlockActivations& kept = shared ? activations_[0] : activations_[i];
+        b.kept = &kept;
+        if (shared) continue;
+        activation("x_mid", &kept.x_mid, act, T, m.hidden);
+        activation("rstd1", &kept.rstd1, DType::f32, 1, T), activation("rstd2", &kept.rstd2, DType::f32, 1, T);
+        activation("qkv", &kept.q_k_v, act, T, q + 2 * kv);
+        activation("attention", &kept.attention, act, T, q), activation("lse", &kept.lse, DType::f32, 1, T * m.heads);
+        activation("gate_up", &kept.gates, act, T, 2 * f);
+        if (!training || recompute != Recompute::none) continue;
+        activation("normed1", &kept.normed1, act, T, m.hidden), activation("normed2", &kept.normed2, act, T, m.hidden);
+        activation("swiglu", &kept.swiglu, act, T, f);
     }
-    register_parameter(reg, final_norm_, "model.norm.weight", 1, m.hidden, Precision::all32);
-    register_parameter(reg, head_, "lm_head.weight", m.vocab, m.hidden, Precision::moments32);
+    register_parameter(reg, final_norm_, "model.norm.weight", 1, m.hidden, Precision::exact);
+    register_parameter(reg, head_, "lm_head.weight", m.vocab, m.hidden, Precision::embedding);
 
     table_.add("x_final", Family::activations, &x_final_, act, T, m.hidden, false);
     table_.add("final_rstd", Family::activations, &final_rstd_, DType::f32, 1, T, false);
@@ -127,28 +146,30 @@ void Llama::upload_batch(const Batch& batch) {
 
 void Llama::block_forward(Block& b, Tensor x_out, int64_t T, const AttentionShape& shape) {
     const ModelConfig& m = config_.model;
-    Tensor x = first_rows(b.x, T), x_mid = first_rows(b.x_mid, T), qkv = first_rows(b.q_k_v, T), gates = first_rows(b.gates, T);
-    Tensor attention = first_rows(b.attention, T);
+    const BlockActivations kept = b.kept->first(T, m.heads);
+    Tensor x = first_rows(b.x, T);
     float eps = float(m.rms_eps);
+    auto kept_or = [&](ScratchScope& scope, Tensor t, const char* what, int64_t cols) { return t.rows ? t : scope.tensor(what, x.dtype, T, cols); };
     {
         ScratchScope scope(device_);
-        Tensor normed = scope.tensor("normed", x.dtype, T, m.hidden);
-        rmsnorm_forward(device_, normed, first_cols(b.rstd1, T), x, b.norm1.value, eps);
-        b.qkv.forward(device_, qkv, normed);
+        Tensor normed = kept_or(scope, kept.normed1, "normed", m.hidden);
+        rmsnorm_forward(device_, normed, kept.rstd1, x, b.norm1.value, eps);
+        b.qkv.forward(device_, kept.q_k_v, normed);
     }
-    rope_inplace(device_, qkv, rope_, shape.seq, shape.heads, shape.kv_heads, shape.head_dim, false);
-    attention_forward(device_, attention, first_cols(b.lse, T * m.heads), qkv, shape);
-    b.o.forward(device_, x_mid, attention, x);
+    rope_inplace(device_, kept.q_k_v, rope_, shape.seq, shape.heads, shape.kv_heads, shape.head_dim, false);
+    attention_forward(device_, kept.attention, kept.lse, kept.q_k_v, shape);
+    b.o.forward(device_, kept.x_mid, kept.attention, x);
     {
         ScratchScope scope(device_);
-        Tensor normed = scope.tensor("normed", x.dtype, T, m.hidden);
-        rmsnorm_forward(device_, normed, first_cols(b.rstd2, T), x_mid, b.norm2.value, eps);
-        b.gate_up.forward(device_, gates, normed);
+        Tensor normed = kept_or(scope, kept.normed2, "normed", m.hidden);
+        rmsnorm_forward(device_, normed, kept.rstd2, kept.x_mid, b.norm2.value, eps);
+        b.gate_up.forward(device_, kept.gates, normed);
     }
+    if (!x_out.rows) return;
     ScratchScope scope(device_);
-    Tensor a = scope.tensor("swiglu", x.dtype, T, b.down.in_padded());
-    swiglu_forward(device_, a, gates);
-    b.down.forward(device_, x_out, a, x_mid);
+    Tensor a = kept_or(scope, kept.swiglu, "swiglu", b.down.in_padded());
+    swiglu_forward(device_, a, kept.gates);
+    b.down.forward(device_, x_out, a, kept.x_mid);
 }
 
 Tensor Llama::forward(int64_t rows, int64_t seq) {
@@ -162,8 +183,8 @@ Tensor Llama::forward(int64_t rows, int64_t seq) {
     return first_rows(x_final_, T);
 }
 
-// Final norm, LM head and loss over chunks of tokens; with backward, gradients of both and of x (written to dx).
-void Llama::head(Tensor x, Tensor dx, float loss_scale, double* sums, int64_t slot, bool backward) {
+// Final norm, LM head and loss over chunks of tokens; with a pass, gradients of both and of x (written to dx).
+void Llama::head(Tensor x, Tensor dx, float loss_scale, double* sums, int64_t slot, const BackwardPass* pass) {
     const ModelConfig& m = config_.model;
     ProfileLabel label(device_, "LM head");
     int64_t T = x.rows, V = m.vocab;
@@ -175,82 +196,100 @@ void Llama::head(Tensor x, Tensor dx, float loss_scale, double* sums, int64_t sl
     Tensor losses = scope.tensor("losses", DType::f32, 1, T);
     Tensor normed = scope.tensor("normed", x.dtype, T, m.hidden);
     rmsnorm_forward(device_, normed, first_cols(final_rstd_, T), x, final_norm_.value, float(m.rms_eps));
-    Tensor d_normed = backward ? scope.tensor("gradient of normed", x.dtype, T, m.hidden) : Tensor{};
+    Tensor d_normed = pass ? scope.tensor("gradient of normed", x.dtype, T, m.hidden) : Tensor{};
     Tensor logits_buffer = scope.tensor("logits", x.dtype, chunk, V);
     for (int64_t begin = 0; begin < T; begin += chunk) {
         int64_t count = std::min(chunk, T - begin);
         Tensor logits = first_rows(logits_buffer, count), in = normed.row_slice(begin, count);
         matmul(device_, logits, 1.0f, in, Op::none, head_.value, Op::transpose);
-        cross_entropy(device_, losses.col_slice(begin, count), logits, batch_.targets.as<int32_t>() + begin, loss_scale, backward);
-        if (!backward) continue;
+        cross_entropy(device_, losses.col_slice(begin, count), logits, batch_.targets.as<int32_t>() + begin, loss_scale, bool(pass));
+        if (!pass) continue;
         matmul(device_, d_normed.row_slice(begin, count), 1.0f, logits, Op::none, head_.value, Op::none);
-        matmul(device_, head_.grad, 1.0f, logits, Op::transpose, in, Op::none, 1.0f);
+        add_gradient(device_, head_, pass->part(config_, begin / chunk, ceil_div(T, chunk)), [&](Tensor into, int64_t row, float beta) {
+            matmul(device_, into, 1.0f, logits.col_slice(row, into.rows), Op::transpose, in, Op::none, beta);
+        });
     }
     sum(device_, sums, slot, losses);
-    if (!backward) return;
-    rmsnorm_backward(device_, dx, final_norm_.grad, d_normed, x, final_norm_.value, first_cols(final_rstd_, T), Tensor{}, false);
+    if (pass) rmsnorm_backward(device_, dx, final_norm_.grad, d_normed, x, final_norm_.value, first_cols(final_rstd_, T), Tensor{}, false);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- backward
 
-void Llama::block_backward(Block& b, Tensor dx, int64_t T, const AttentionShape& shape, const ProjectionPass& pass) {
+void Llama::block_backward(Block& b, Tensor dx, int64_t T, const AttentionShape& shape, const BackwardPass& pass) {
     const ModelConfig& m = config_.model;
-    Tensor x = first_rows(b.x, T), x_mid = first_rows(b.x_mid, T), qkv = first_rows(b.q_k_v, T), gates = first_rows(b.gates, T);
-    Tensor attention = first_rows(b.attention, T);
-    Tensor rstd1 = first_cols(b.rstd1, T), rstd2 = first_cols(b.rstd2, T);
+    const BlockActivations kept = b.kept->first(T, m.heads);
+    Tensor x = first_rows(b.x, T);
     // Every group's input gradient comes first: the kernel that takes it further back through SwiGLU or RMSNorm makes the group's input
-    // again on the way and writes it in place of that gradient, where the gradient of the weights then finds it.
+    // again on the way, unless it was kept, and writes it in place of that gradient, where the gradient of the weights then finds it.
+    auto group_input = [](Tensor kept_input, Tensor gradient) { return kept_input.rows ? kept_input : gradient; };
+    auto made_again = [](Tensor kept_input, Tensor gradient) { return kept_input.rows ? Tensor{} : gradient; };
     {   // SwiGLU half: the gradient of gate|up takes the place of gate|up.
         ScratchScope scope(device_);
         Tensor a = scope.tensor("gradient of swiglu, then swiglu", x.dtype, T, b.down.in_padded());
         b.down.input_gradient(device_, a, dx);
-        swiglu_backward(device_, gates, gates, a, a);
-        b.down.parameter_gradients(device_, dx, a, pass);
+        swiglu_backward(device_, kept.gates, kept.gates, a, made_again(kept.swiglu, a));
+        b.down.parameter_gradients(device_, dx, group_input(kept.swiglu, a), pass);
     }
     {
         ScratchScope scope(device_);
         Tensor normed = scope.tensor("gradient of normed, then normed", x.dtype, T, m.hidden);
-        b.gate_up.input_gradient(device_, normed, gates);
-        rmsnorm_backward(device_, dx, b.norm2.grad, normed, x_mid, b.norm2.value, rstd2, normed);
-        b.gate_up.parameter_gradients(device_, gates, normed, pass);
+        b.gate_up.input_gradient(device_, normed, kept.gates);
+        rmsnorm_backward(device_, dx, b.norm2.grad, normed, kept.x_mid, b.norm2.value, kept.rstd2, made_again(kept.normed2, normed));
+        b.gate_up.parameter_gradients(device_, kept.gates, group_input(kept.normed2, normed), pass);
     }
     // Attention half.
     ScratchScope scope(device_);
-    Tensor d_qkv = scope.tensor("gradient of q|k|v", x.dtype, T, qkv.cols);
+    Tensor d_qkv = scope.tensor("gradient of q|k|v", x.dtype, T, kept.q_k_v.cols);
     {
         ScratchScope inner(device_);
-        Tensor d_attention = inner.tensor("gradient of attention", x.dtype, T, attention.cols);
+        Tensor d_attention = inner.tensor("gradient of attention", x.dtype, T, kept.attention.cols);
         b.o.input_gradient(device_, d_attention, dx);
-        b.o.parameter_gradients(device_, dx, attention, pass);
-        attention_backward(device_, d_qkv, d_attention, qkv, attention, first_cols(b.lse, T * m.heads), shape, rope_);
+        b.o.parameter_gradients(device_, dx, kept.attention, pass);
+        attention_backward(device_, d_qkv, d_attention, kept.q_k_v, kept.attention, kept.lse, shape, rope_);
     }
     Tensor normed = scope.tensor("gradient of normed, then normed", x.dtype, T, m.hidden);
     b.qkv.input_gradient(device_, normed, d_qkv);
-    rmsnorm_backward(device_, dx, b.norm1.grad, normed, x, b.norm1.value, rstd1, normed);
-    b.qkv.parameter_gradients(device_, d_qkv, normed, pass);
+    rmsnorm_backward(device_, dx, b.norm1.grad, normed, x, b.norm1.value, kept.rstd1, made_again(kept.normed1, normed));
+    b.qkv.parameter_gradients(device_, d_qkv, group_input(kept.normed1, normed), pass);
 }
 
-void Llama::train(const Batch& batch, float loss_scale, double* sums, int64_t slot, const ProjectionPass& pass) {
+void Llama::embedding_gradient(Tensor dx, const Batch& batch, const BackwardPass& pass) {
+    // In a place shared with other gradients there is something else by now.
+    if (updates_per_layer(config_)) device_.zero(embedding_.grad);
+    // On a dry device the counts of the groups are the worst case.
+    int64_t T = dx.rows, most_groups = std::min(T, config_.model.vocab), most_segments = std::min(T, most_groups + T / kEmbeddingSegment);
+    int64_t segments = device_.dry() ? most_segments : int64_t(batch.groups.segment_begin.size()) - 1;
+    int64_t distinct = device_.dry() ? most_groups : int64_t(batch.groups.group_token.size());
+    DeviceTokenGroups groups{batch_.order.as<int32_t>(), batch_.segment_begin.as<int32_t>(), batch_.group_begin.as<int32_t>(),
+                             batch_.group_token.as<int32_t>(), segments, distinct};
+    embedding_backward(device_, embedding_.grad, dx, groups, gradient_draws(embedding_, pass.part(config_)));
+    if (pass.update) pass.update(embedding_);
+}
+
+void Llama::train(const Batch& batch, float loss_scale, double* sums, int64_t slot, const BackwardPass& pass) {
     upload_batch(batch);
     int64_t T = batch.rows * batch.seq;
     AttentionShape shape = attention_shape(batch.rows, batch.seq);
     Tensor x = forward(batch.rows, batch.seq);
     ScratchScope scope(device_);
     Tensor dx = scope.tensor("gradient of the residual stream", x.dtype, T, config_.model.hidden);
-    head(x, dx, loss_scale, sums, slot, true);
-    for (size_t i = blocks_.size(); i-- > 0;) block_backward(blocks_[i], dx, T, shape, pass);
-    // On a dry device the counts of the groups are the worst case.
-    int64_t most_groups = std::min(T, config_.model.vocab), most_segments = std::min(T, most_groups + T / kEmbeddingSegment);
-    int64_t segments = device_.dry() ? most_segments : int64_t(batch.groups.segment_begin.size()) - 1;
-    int64_t distinct = device_.dry() ? most_groups : int64_t(batch.groups.group_token.size());
-    DeviceTokenGroups groups{batch_.order.as<int32_t>(), batch_.segment_begin.as<int32_t>(), batch_.group_begin.as<int32_t>(),
-                             batch_.group_token.as<int32_t>(), segments, distinct};
-    embedding_backward(device_, embedding_.grad, dx, groups, RoundingDraws{});
+    head(x, dx, loss_scale, sums, slot, &pass);
+    if (pass.update) {
+        if (!pass.may_update()) return;
+        pass.update(head_);
+    }
+    for (size_t i = blocks_.size(); i-- > 0;) {
+        // What the forward pass of the last block left is still there.
+        bool gone = activations_.size() < blocks_.size() && i + 1 < blocks_.size();
+        if (gone) block_forward(blocks_[i], Tensor{}, T, shape);
+        block_backward(blocks_[i], dx, T, shape, pass);
+    }
+    embedding_gradient(dx, batch, pass);
 }
 
 void Llama::evaluate(const Batch& batch, double* sums, int64_t slot) {
     upload_batch(batch);
-    head(forward(batch.rows, batch.seq), Tensor{}, 0.0f, sums, slot, false);
+    head(forward(batch.rows, batch.seq), Tensor{}, 0.0f, sums, slot, nullptr);
 }
 
 std::vector<float> Llama::next_token_logits(const std::vector<int32_t>& tokens) {
@@ -271,7 +310,10 @@ std::vector<float> Llama::next_token_logits(const std::vector<int32_t>& tokens) 
 
 // ---------------------------------------------------------------------------------------------------------------- state
 
-void Llama::zero_gradients() { table_.zero_family(device_, Family::gradients); }
+void Llama::zero_gradients() {
+    device_.zero(embedding_.grad), device_.zero(final_norm_.grad);
+    for (Block& b : blocks_) device_.zero(b.norm1.grad), device_.zero(b.norm2.grad);
+}
 
 void Llama::invalidate() {
     for (LinearGroup* group : groups()) group->invalidate();

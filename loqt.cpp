@@ -14,6 +14,13 @@ EffectiveWeights effective_weights_of(const Config& config) {
     return name == "cached" ? EffectiveWeights::cached : name == "factored" ? EffectiveWeights::factored : EffectiveWeights::rebuilt;
 }
 
+Recompute recompute_of(const Config& config) {
+    const std::string& name = config.train.recompute;
+    return name == "none" ? Recompute::none : name == "block" ? Recompute::block : Recompute::light;
+}
+
+bool merges_inside_backward(const Config& config) { return config.low_rank() && config.optimizer.clip == 0; }
+
 int64_t padded_width(int64_t width) { return width % 8 == 0 ? width : round_up(width, 128); }
 
 void LinearGroup::configure(const Config& config, int64_t in, const std::vector<Spec>& specs) {
@@ -54,29 +61,32 @@ void LinearGroup::register_tensors(const Registration& reg) {
     const std::string& group_name = linears_.front().name;
     if (method_ == Method::full) {
         table.add(group_name + ".fused", Family::trained, &fused_, act, out_padded_, in_, false, 0, in_padded());
-        if (reg.training)
-            table.add(group_name + ".fused.grad", Family::gradients, &fused_grad_, gradient_dtype(config, reg.device), out_padded_, in_, false, 0, in_padded());
+        const std::string grad_name = group_name + ".fused.grad";
+        const DType grad_dtype = gradient_dtype(config, reg.device);
+        if (reg.training && updates_per_layer(config)) table.add_shared(grad_name, Family::gradients, &fused_grad_, grad_dtype, out_padded_, in_, 0, in_padded());
+        else if (reg.training) table.add(grad_name, Family::gradients, &fused_grad_, grad_dtype, out_padded_, in_, false, 0, in_padded());
     } else if (method_ == Method::loqt_nq) {
         table.add(group_name + ".fused", Family::frozen, &fused_, act, out_padded_, in_, false, 0, in_padded());
     }
+    const bool keeps_next = reg.training && !merges_inside_backward(config);
     for (Linear& l : linears_) {
         if (method_ == Method::full) {
             l.dense.name = l.name, l.dense.rows = l.out, l.dense.cols = l.in;
             table.add_part(l.name, &l.dense.value, &fused_, l.row_begin, l.out, l.in, l.out, true);
             if (reg.training) table.add_part(l.name + ".grad", &l.dense.grad, &fused_grad_, l.row_begin, l.out, l.in, l.out, false);
-            register_moments(reg, l.dense, Precision::configured);
+            register_moments(reg, l.dense, Precision::weight);
             continue;
         }
         if (method_ == Method::loqt) {
             register_nf4(table, l.name, Family::frozen, l.w_q, l.out, l.in, config.method.double_quant, true);
             register_nf4(table, l.name + ".P", Family::frozen, l.p_q, l.rank, l.h(), config.method.double_quant, true);
-            if (reg.training) register_nf4(table, l.name + ".P_next", Family::projection, l.p_next_q, l.rank, l.h(), config.method.double_quant, false);
+            if (keeps_next) register_nf4(table, l.name + ".P_next", Family::projection, l.next.q, l.rank, l.h(), config.method.double_quant, false);
         } else {
             table.add_part(l.name, &l.w, &fused_, l.row_begin, l.out, l.in, l.out, true);
             table.add(l.name + ".P", Family::frozen, &l.p, act, l.rank, l.h(), true);
-            if (reg.training) table.add(l.name + ".P_next", Family::projection, &l.p_next, act, l.rank, l.h(), false);
+            if (keeps_next) table.add(l.name + ".P_next", Family::projection, &l.next.p, act, l.rank, l.h(), false);
         }
-        register_parameter(reg, l.b, l.name + ".B", l.n(), l.rank, Precision::configured, padded_width(l.n()));
+        register_parameter(reg, l.b, l.name + ".B", l.n(), l.rank, Precision::adapter, padded_width(l.n()));
         l.b.active = false;
     }
     if (method_ == Method::full) return;
@@ -84,6 +94,8 @@ void LinearGroup::register_tensors(const Registration& reg) {
         table.add(group_name + ".merge_gradient", Family::projection, &merge_gradient_, DType::f32, out_padded_, in_padded(), false);
     if (reg.training && effective_weights_of(config) == EffectiveWeights::cached)
         table.add(group_name + ".effective", Family::effective, &effective_, act, out_padded_, in_padded(), false);
+    if (reg.training && factored() && recompute_of(config) == Recompute::none && left_rank())
+        table.add(group_name + ".xP", Family::activations, &kept_u_, act, config.train.micro_batch * config.train.seq_len, left_rank(), false);
 }
 
 void LinearGroup::initialize(Device& device, const WeightSource& source) {
@@ -110,9 +122,9 @@ void LinearGroup::load_w(Device& device, Tensor w, const Linear& l) const {
     else convert(device, w, method_ == Method::full ? l.dense.value : l.w);
 }
 
-void LinearGroup::load_p(Device& device, Tensor p, const Linear& l, bool next) const {
-    if (method_ == Method::loqt) nf4_dequantize(device, p, next ? l.p_next_q : l.p_q);
-    else convert(device, p, next ? l.p_next : l.p);
+void LinearGroup::load_p(Device& device, Tensor p, const Linear& l) const {
+    if (method_ == Method::loqt) nf4_dequantize(device, p, l.p_q);
+    else convert(device, p, l.p);
 }
 
 Tensor LinearGroup::dequantized_p(Device& device, ScratchScope& scope, const Linear& l, DType dtype) const {
@@ -239,14 +251,26 @@ void LinearGroup::add_factored_input_gradient(Device& device, Tensor dx, Tensor 
 
 // ---- Gradients of what is trained
 
-void LinearGroup::parameter_gradients(Device& device, Tensor dy, Tensor x, const ProjectionPass& pass) {
-    if (method_ == Method::full) {
-        ProfileLabel label(device, "weight gradients");
-        matmul(device, Tensor{fused_grad_.data, fused_grad_.dtype, out_padded_, in_padded(), fused_grad_.ld}, 1.0f, dy, Op::transpose, x, Op::none, 1.0f);
-        return;
+void LinearGroup::parameter_gradients(Device& device, Tensor dy, Tensor x, const BackwardPass& pass) {
+    if (method_ == Method::full) return weight_gradients(device, dy, x, pass);
+    factor_gradients(device, dy, x, pass);
+    if (pass.merges) project_gradients(device, dy, x, pass);
+}
+
+// dW += dyᵀ·x, for the whole group at once where it can go straight to where it is kept.
+void LinearGroup::weight_gradients(Device& device, Tensor dy, Tensor x, const BackwardPass& pass) {
+    ProfileLabel label(device, "weight gradients");
+    GradientPart part = pass.part(*config_);
+    if (fused_grad_.dtype == DType::f32 || part.only) {
+        matmul(device, Tensor{fused_grad_.data, fused_grad_.dtype, out_padded_, in_padded(), fused_grad_.ld}, 1.0f, dy, Op::transpose, x, Op::none, part.first ? 0.0f : 1.0f);
+    } else {
+        for (const Linear& l : linears_)
+            add_gradient(device, l.dense, part, [&](Tensor into, int64_t row, float beta) {
+                matmul(device, into, 1.0f, dy.col_slice(l.row_begin + row, into.rows), Op::transpose, x.col_slice(0, in_), Op::none, beta);
+            });
     }
-    factor_gradients(device, dy, x);
-    if (pass.active) project_gradients(device, dy, x, pass);
+    if (pass.update)
+        for (Linear& l : linears_) pass.update(l.dense);
 }
 
 int64_t LinearGroup::left_rank() const {
@@ -266,34 +290,39 @@ Tensor LinearGroup::stacked_p(Device& device, ScratchScope& scope, DType dtype) 
     return stacked;
 }
 
+// Into kept_u_ where there is one.
 Tensor LinearGroup::projected_input(Device& device, ScratchScope& scope, Tensor x) const {
-    Tensor u = scope.tensor("x·P", x.dtype, x.rows, left_rank());
+    Tensor u = kept_u_.rows ? kept_u_.row_slice(0, x.rows) : scope.tensor("x·P", x.dtype, x.rows, left_rank());
     ScratchScope p_scope(device);
     matmul(device, u, 1.0f, x.col_slice(0, in_), Op::none, stacked_p(device, p_scope, x.dtype), Op::transpose);
     return u;
 }
 
 // dB += s·dyᵀ·(x·Pᵀ) (left), s·xᵀ·(dy·Pᵀ) (right). The left matrices of a group share x, so their projections are one product.
-void LinearGroup::factor_gradients(Device& device, Tensor dy, Tensor x) {
+void LinearGroup::factor_gradients(Device& device, Tensor dy, Tensor x, const BackwardPass& pass) {
     ProfileLabel label(device, "B gradients");
     float s = float(config_->method.scale);
     ScratchScope scope(device);
-    Tensor u = left_rank() ? projected_input(device, scope, x) : Tensor{};
+    Tensor u;
+    if (kept_u_.rows) u = kept_u_.row_slice(0, x.rows);
+    else if (left_rank()) u = projected_input(device, scope, x);
     int64_t column = 0;
     for (Linear& l : linears_) {
+        ScratchScope inner(device);
+        Tensor a = dy.col_slice(l.row_begin, l.right ? l.out : l.b.value.rows), b;  // dB = s·aᵀ·b
         if (l.right) {
-            ScratchScope w_scope(device);
-            Tensor projected = w_scope.tensor("dy·P", dy.dtype, dy.rows, l.rank);
-            Tensor p = dequantized_p(device, w_scope, l, dy.dtype);
-            if (!has_adapter(device, l)) continue;
-            matmul(device, projected, 1.0f, dy.col_slice(l.row_begin, l.out), Op::none, p, Op::transpose);
-            matmul(device, l.b.grad, s, x, Op::transpose, projected, Op::none, 1.0f);
+            Tensor p = dequantized_p(device, inner, l, dy.dtype), projected = inner.tensor("dy·P", dy.dtype, dy.rows, l.rank);
+            if (has_adapter(device, l)) matmul(device, projected, 1.0f, a, Op::none, p, Op::transpose);
+            a = x, b = projected;
         } else {
-            Tensor slice = u.col_slice(column, l.rank);
+            b = u.col_slice(column, l.rank);
             column += l.rank;
-            if (!has_adapter(device, l)) continue;
-            matmul(device, l.b.grad, s, dy.col_slice(l.row_begin, l.b.grad.rows), Op::transpose, slice, Op::none, 1.0f);
         }
+        if (has_adapter(device, l))
+            add_gradient(device, l.b, pass.part(*config_), [&](Tensor into, int64_t row, float beta) {
+                matmul(device, into, s, a.col_slice(row, into.rows), Op::transpose, b, Op::none, beta);
+            });
+        if (pass.update) pass.update(l.b);
     }
 }
 

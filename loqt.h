@@ -27,12 +27,30 @@ Method method_of(const Config& config);
 enum class EffectiveWeights { cached, rebuilt, factored };
 EffectiveWeights effective_weights_of(const Config& config);  // auto that was never resolved (export, sampling): rebuilt
 
+// What the backward pass computes again instead of keeping it (train.recompute):
+//   none    nothing
+//   light   outputs of norms and SwiGLU, x·P: cheap beside the products that use them
+//   block   the whole forward pass of a block, from its input
+enum class Recompute { none, light, block };
+Recompute recompute_of(const Config& config);  // auto that was never resolved: light
+
+// A merge needs each matrix's gradient and its B after the optimizer's step. Where nothing else of the whole backward pass is needed for that
+// step, it is taken inside the backward pass and the merge with it, so that no projection has to be stored meanwhile. Clipping to a global
+// norm is such a thing.
+bool merges_inside_backward(const Config& config);
+
 // Writes rows row_begin, row_begin + 1, … of the matrix `name` (Hugging Face name and orientation) to `rows`, f32 (any number, cols) on the
 // device: random initialisation or an imported model. Called again at the first merge, which starts from the true weights and not from
-// their NF4 round trip.
+// their NF4 round trip. Any thread may call it.
 using WeightSource = std::function<void(Device& device, const std::string& name, int64_t row_begin, Tensor rows)>;
 
 int64_t padded_width(int64_t width);  // width if a multiple of 8, else the next multiple of 128
+
+// A projection between its making and its installation.
+struct NextProjection {
+    Nf4Tensor q;                      // loqt
+    Tensor p;                         // loqt-nq: (r, h)
+};
 
 struct Linear {
     std::string name;                 // model.layers.3.mlp.up_proj.weight
@@ -42,15 +60,17 @@ struct Linear {
     int64_t rank = 0;
     bool projected = false;           // P and B exist (from the first re-initialisation on)
 
-    Nf4Tensor w_q, p_q, p_next_q;     // loqt
+    Nf4Tensor w_q, p_q;               // loqt
     Tensor w;                         // loqt-nq: (out, in), part of the group's fused matrix
-    Tensor p, p_next;                 // loqt-nq: (r, h)
+    Tensor p;                         // loqt-nq: (r, h)
+    NextProjection next;              // only where merges wait for the end of the backward pass
     Parameter b;                      // (n, r)
     Parameter dense;                  // full: W as a parameter
-    bool next_ready = false;          // p_next holds this merge step's projection
+    bool next_ready = false;          // this merge step's projection has been made
+    bool merged = false;              // and installed
     float captured_energy = 0;
     double quant_error = 0, plain_quant_error = 0;  // of the last merge
-    double projection_seconds = 0;
+    double projection_seconds = 0;    // spent in the backward pass
 
     int64_t h() const { return right ? out : in; }
     int64_t n() const { return right ? in : out; }
@@ -62,15 +82,27 @@ struct MergeStatistics {
     double quant_error = 0;           // Σ ‖W − W_eff‖/‖W‖ after compensation
     double plain_quant_error = 0;     // Σ the same without compensation
     double captured_energy = 0;       // Σ ‖P·G‖²/‖G‖²
-    double projection_seconds = 0;    // spent on dense gradients and singular vectors during the backward pass
+    double projection_seconds = 0;    // spent in the backward pass: dense gradients, singular vectors, merges made there
 };
 
-// How the current backward pass is to treat a merge.
-struct ProjectionPass {
-    bool active = false;              // this step merges
-    bool first = true, last = true;   // micro-batch of the step
-    bool whole_batch = false;         // gradients of all micro-batches are summed
-    int64_t step = 0;
+// How a backward pass is to treat what is trained.
+struct BackwardPass {
+    int64_t step = 0;                 // of the optimizer
+    int64_t micro_batch = 0;          // which one of the step
+    bool first = true, last = true;   // the step's first, the step's last
+    bool merges = false;              // this step merges: projections are made from its last micro-batch on
+    bool whole_batch = false;         // and of the gradients of all micro-batches, summed
+    // Takes the optimizer's step of a parameter whose gradient is final. Empty: gradients stay for the end of the pass. Parameters of linear
+    // layers, embedding and head are handed over; norms' gradients always stay. With merges, matrices are merged right after it.
+    std::function<void(Parameter&)> update;
+    std::function<bool()> may_update;      // asked once the loss is known, with update; if not, the backward pass is left out
+    const WeightSource* source = nullptr;  // with update and merges: see Llama::merge
+
+    // Part `chunk` of `chunks` of this micro-batch's gradient.
+    GradientPart part(const Config& config, int64_t chunk = 0, int64_t chunks = 1) const {
+        uint32_t number = uint32_t((step * config.micro_batches() + micro_batch) * chunks + chunk);
+        return {first && chunk == 0, config.micro_batches() == 1 && chunks == 1, uint64_t(config.train.seed), number};
+    }
 };
 
 // The matrices that share one input: q,k,v · o · gate,up · down. One GEMM forward, one for dx.
@@ -91,14 +123,16 @@ class LinearGroup {
     const std::vector<Linear>& linears() const { return linears_; }
     void collect(std::vector<Parameter*>& parameters);
 
-    // y = x·W_effᵀ + residual (residual may be empty).  x: (T, in_padded), y: (T, out_padded).
+    // y = x·W_effᵀ + residual (residual may be empty).  x: (T, in_padded), y: (T, out_padded). Keeps x·P where recompute is none.
     void forward(Device& device, Tensor y, Tensor x, Tensor residual = {});
     // dx = dy·W_eff (written).
     void input_gradient(Device& device, Tensor dx, Tensor dy);
-    // Gradients of B (or W) accumulate; on a merge step the new projections are computed into p_next.
-    void parameter_gradients(Device& device, Tensor dy, Tensor x, const ProjectionPass& pass);
-    // After the optimizer's update of a merge step: merge s·P·B into W, requantize with compensation, install p_next. Where the device has
-    // workers they do it, and the caller waits for them before finish_reinitialization.
+    // Gradients of B (or W) accumulate, and pass.update gets them when they are final. On a merge step the new projections are computed,
+    // and with pass.update the matrices are merged too, by the device's workers if it has any: the caller waits for them before it uses the
+    // group again.
+    void parameter_gradients(Device& device, Tensor dy, Tensor x, const BackwardPass& pass);
+    // After the optimizer's update of a merge step: merge s·P·B into W, requantize with compensation, install the new P, unless that has been
+    // done. Where the device has workers they do it, and the caller waits for them before finish_reinitialization.
     // source: the true weights, for matrices that merge for the first time; may be null once all have.
     void start_reinitialization(Device& device, int64_t step, const WeightSource* source);
     void finish_reinitialization(MergeStatistics& statistics);
@@ -121,16 +155,18 @@ class LinearGroup {
     void load_source(Device& device, Tensor w, const Linear& linear, const WeightSource& source) const;
     // The stored W (without adapters) or P of a matrix, in the destination's dtype. next: the projection made in this merge step.
     void load_w(Device& device, Tensor w, const Linear& linear) const;
-    void load_p(Device& device, Tensor p, const Linear& linear, bool next = false) const;
+    void load_p(Device& device, Tensor p, const Linear& linear) const;
     Tensor dequantized_p(Device& device, ScratchScope& scope, const Linear& l, DType dtype) const;
     // The P of all left matrices, one below the other: (left_rank(), in), and x times their transpose: (T, left_rank()).
     int64_t left_rank() const;
     Tensor stacked_p(Device& device, ScratchScope& scope, DType dtype) const;
     Tensor projected_input(Device& device, ScratchScope& scope, Tensor x) const;
-    void factor_gradients(Device& device, Tensor dy, Tensor x);
-    void project_gradients(Device& device, Tensor dy, Tensor x, const ProjectionPass& pass);
-    void project_one(Device& device, Linear& l, Tensor gradient, int64_t step);
-    void reinitialize_one(Device& device, Linear& l, int64_t step, const WeightSource* source);
+    void weight_gradients(Device& device, Tensor dy, Tensor x, const BackwardPass& pass);
+    void factor_gradients(Device& device, Tensor dy, Tensor x, const BackwardPass& pass);
+    void project_gradients(Device& device, Tensor dy, Tensor x, const BackwardPass& pass);
+    void project_one(Device& device, Linear& l, Tensor dy, Tensor x, const BackwardPass& pass);
+    NextProjection scratch_projection(ScratchScope& scope, const Linear& l) const;
+    void reinitialize_one(Device& device, Linear& l, const NextProjection& next, int64_t step, const WeightSource* source);
     void carry_moments(Device& device, Linear& l, Tensor p_old, Tensor p_new, int64_t step);
 
     const Config* config_ = nullptr;
@@ -139,6 +175,7 @@ class LinearGroup {
     std::vector<Linear> linears_;
     Tensor fused_, fused_grad_;       // full: W and dW; loqt-nq: W
     Tensor merge_gradient_;           // dense gradient summed over micro-batches, fp32
+    Tensor kept_u_;                   // (T, left_rank()): x·P of the last forward pass, where it is made and kept
     Tensor effective_;                // cached W_eff
     bool effective_fresh_ = false;
 };

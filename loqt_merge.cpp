@@ -1,7 +1,8 @@
 // Re-initialisation of the LoQT linear layer: projections from the gradient, merging, compensation, moments (LoQT, Algorithm 2, corrected).
 //
-// A merge costs no extra pass over data. During the ordinary backward pass the dense gradient G of one matrix at a time gives the new P
-// (into p_next); the optimizer then takes its ordinary step in the old basis; then every matrix is merged and made anew.
+// A merge costs no extra pass over data. During the ordinary backward pass the dense gradient G of one matrix at a time gives the new P;
+// the optimizer takes its ordinary step in the old basis; then the matrix is merged and made anew: one after the other inside the backward
+// pass, or, where the optimizer has to wait for the end of that, all of them then, their new P being stored meanwhile.
 #include "compensation.h"
 #include "loqt.h"
 #include "ops/elementwise.h"
@@ -11,46 +12,71 @@
 #include "runtime/profile.h"
 #include "runtime/workers.h"
 
-void LinearGroup::project_gradients(Device& device, Tensor dy, Tensor x, const ProjectionPass& pass) {
+// Room for the next projection of a matrix in scratch memory.
+NextProjection LinearGroup::scratch_projection(ScratchScope& scope, const Linear& l) const {
+    NextProjection next;
+    if (method_ == Method::loqt) {
+        next.q = l.p_q;
+        for (auto part : {&Nf4Tensor::codes, &Nf4Tensor::absmax, &Nf4Tensor::codes8, &Nf4Tensor::scale2, &Nf4Tensor::offset})
+            if (Tensor t = l.p_q.*part; t.numel()) next.q.*part = scope.tensor("next P", t.dtype, t.rows, t.cols);
+    } else {
+        next.p = scope.tensor("next P", l.p.dtype, l.rank, l.h());
+    }
+    return next;
+}
+
+void LinearGroup::project_gradients(Device& device, Tensor dy, Tensor x, const BackwardPass& pass) {
     ProfileLabel label(device, "projection");
-    bool accumulate = merge_gradient_ && pass.whole_batch;
-    if (accumulate) matmul(device, merge_gradient_, 1.0f, dy, Op::transpose, x, Op::none, pass.first ? 0.0f : 1.0f);
+    if (merge_gradient_ && pass.whole_batch) matmul(device, merge_gradient_, 1.0f, dy, Op::transpose, x, Op::none, pass.first ? 0.0f : 1.0f);
     if (!pass.last) return;
     // With workers the backward pass goes on meanwhile, and what counts is the wait at its end (StepGradients::waited).
     bool timed = !device.workers();
     if (timed) device.synchronize();
     for (Linear& l : linears_) {
         double begin = wall_seconds();
-        ScratchScope scope(device);
-        int64_t rows = padded_width(l.out);
-        Tensor g = accumulate ? merge_gradient_.row_slice(l.row_begin, rows) : scope.tensor("dense gradient", DType::f32, rows, in_padded());
-        if (!accumulate) matmul(device, g, 1.0f, dy.col_slice(l.row_begin, rows), Op::transpose, x, Op::none);
-        project_one(device, l, Tensor{g.data, g.dtype, l.out, l.in, g.ld}, pass.step);
+        project_one(device, l, dy, x, pass);
         if (timed) device.synchronize();
         l.projection_seconds = timed ? wall_seconds() - begin : 0;
     }
 }
 
-// The Gram matrix on this device; its eigenvectors on a worker's, if there are workers.
-void LinearGroup::project_one(Device& device, Linear& l, Tensor gradient, int64_t step) {
+// The Gram matrix on this device; its eigenvectors, and the merge if it is due now, on a worker's, if there are workers.
+void LinearGroup::project_one(Device& device, Linear& l, Tensor dy, Tensor x, const BackwardPass& pass) {
     Device& helper = device.workers() ? device.workers()->idle() : device;
-    auto scope = std::make_shared<ScratchScope>(helper);  // until the job has ended
+    // Scratch that the job works with lives until the job has ended, or, the second part, until it has the projection.
+    auto scope = std::make_shared<ScratchScope>(helper), projection_scope = std::shared_ptr<ScratchScope>();
+    const bool at_once = bool(pass.update);
+    CHECK_INTERNAL(at_once || !merges_inside_backward(*config_), "%s: no place for its next projection", l.name.c_str());
+    NextProjection next = at_once ? scratch_projection(*scope, l) : l.next;
+    projection_scope = std::make_shared<ScratchScope>(helper);
+    Tensor c = projection_scope->tensor("Gram matrix of the gradient", DType::f32, l.h(), l.h());
     ProjectionMethod method = config_->method.projection == "subspace" ? ProjectionMethod::subspace : ProjectionMethod::gram;
-    Tensor c = scope->tensor("Gram matrix of the gradient", DType::f32, l.h(), l.h());
-    gradient_gram(device, c, gradient, l.right, method);
-    auto job = [this, &l, scope, c, method, step](Device& d) {
-        ScratchScope inner(d);
-        Tensor p = inner.tensor("new P", DType::f32, l.rank, l.h()), previous;
-        if (method == ProjectionMethod::subspace && (l.projected || d.dry())) {
-            previous = p;
-            load_p(d, previous, l);
+    {
+        ScratchScope gradient_scope(device);
+        int64_t rows = padded_width(l.out);
+        const bool summed = merge_gradient_ && pass.whole_batch;
+        Tensor g = summed ? merge_gradient_.row_slice(l.row_begin, rows) : gradient_scope.tensor("dense gradient", DType::f32, rows, in_padded());
+        if (!summed) matmul(device, g, 1.0f, dy.col_slice(l.row_begin, rows), Op::transpose, x, Op::none);
+        gradient_gram(device, c, Tensor{g.data, g.dtype, l.out, l.in, g.ld}, l.right, method);
+    }
+    auto job = [this, &l, scope = std::move(scope), projection_scope = std::move(projection_scope), next, c, method, at_once, step = pass.step,
+                source = pass.source](Device& d) mutable {
+        {
+            ScratchScope inner(d);
+            Tensor p = inner.tensor("new P", DType::f32, l.rank, l.h()), previous;
+            if (method == ProjectionMethod::subspace && (l.projected || d.dry())) {
+                previous = p;
+                load_p(d, previous, l);
+            }
+            ProjectionResult result = leading_eigenvectors(d, p, c, method, previous, uint64_t(config_->train.seed), l.b.stream + (uint32_t(step) << 12));
+            l.next_ready = result.ok || d.dry();
+            l.captured_energy = result.captured_energy;
+            if (!l.next_ready) return;
+            if (method_ == Method::loqt) nf4_quantize(d, next.q, p, nullptr);
+            else convert(d, next.p, p);
         }
-        ProjectionResult result = leading_eigenvectors(d, p, c, method, previous, uint64_t(config_->train.seed), l.b.stream + (uint32_t(step) << 12));
-        l.next_ready = result.ok || d.dry();
-        l.captured_energy = result.captured_energy;
-        if (!l.next_ready) return;
-        if (method_ == Method::loqt) nf4_quantize(d, l.p_next_q, p, nullptr);
-        else convert(d, l.p_next, p);
+        projection_scope = nullptr;
+        if (at_once) reinitialize_one(d, l, next, step, source);
     };
     if (device.workers()) device.workers()->start(helper, std::move(job));
     else job(device);
@@ -59,13 +85,10 @@ void LinearGroup::project_one(Device& device, Linear& l, Tensor gradient, int64_
 void LinearGroup::start_reinitialization(Device& device, int64_t step, const WeightSource* source) {
     ProfileLabel label(device, "merge");
     for (Linear& l : linears_) {
-        if (!l.next_ready) continue;
-        // A source of weights keeps state and serves one thread, so first merges stay here. A dry device counts the scratch of both places.
-        bool here = !device.workers() || (source && !l.projected);
-        if (here || device.dry()) reinitialize_one(device, l, step, source);
-        if (here) continue;
-        Device& helper = device.workers()->idle();
-        device.workers()->start(helper, [this, &l, step](Device& d) { reinitialize_one(d, l, step, nullptr); });
+        if (!l.next_ready || l.merged) continue;
+        auto job = [this, &l, step, source](Device& d) { reinitialize_one(d, l, l.next, step, source); };
+        if (device.workers()) device.workers()->start(device.workers()->idle(), job);
+        else job(device);
     }
 }
 
@@ -77,7 +100,7 @@ void LinearGroup::finish_reinitialization(MergeStatistics& statistics) {
             ++statistics.failed;
             continue;
         }
-        l.next_ready = false;
+        l.next_ready = l.merged = false;
         statistics.quant_error += l.quant_error;
         statistics.plain_quant_error += l.plain_quant_error;
         statistics.captured_energy += l.captured_energy;
@@ -85,7 +108,7 @@ void LinearGroup::finish_reinitialization(MergeStatistics& statistics) {
     invalidate();
 }
 
-void LinearGroup::reinitialize_one(Device& device, Linear& l, int64_t step, const WeightSource* source) {
+void LinearGroup::reinitialize_one(Device& device, Linear& l, const NextProjection& next, int64_t step, const WeightSource* source) {
     ScratchScope scope(device);
     float s = float(config_->method.scale);
     Tensor b = l.b.logical(l.b.value);
@@ -95,7 +118,8 @@ void LinearGroup::reinitialize_one(Device& device, Linear& l, int64_t step, cons
     if (source && !l.projected) load_source(device, w, l, *source);
     else load_w(device, w, l);
     Tensor p_new = scope.tensor("new P", DType::f32, l.rank, l.h());
-    load_p(device, p_new, l, true);
+    if (method_ == Method::loqt) nf4_dequantize(device, p_new, next.q);
+    else convert(device, p_new, next.p);
     if (l.projected || device.dry()) {
         ScratchScope old_scope(device);
         Tensor p_old = old_scope.tensor("old P", DType::f32, l.rank, l.h());
@@ -111,22 +135,15 @@ void LinearGroup::reinitialize_one(Device& device, Linear& l, int64_t step, cons
     if (method_ == Method::loqt) {
         CompensationResult result = quantize_with_compensation(device, l.w_q, b, w, p_new, l.right, s, int(config_->method.compensation_rounds));
         l.quant_error = result.error, l.plain_quant_error = result.quant_error;
-        device.copy(l.p_q.codes.data, l.p_next_q.codes.data, l.p_q.codes.bytes());
-        if (l.p_q.nested) {
-            device.copy(l.p_q.codes8.data, l.p_next_q.codes8.data, l.p_q.codes8.bytes());
-            device.copy(l.p_q.scale2.data, l.p_next_q.scale2.data, l.p_q.scale2.bytes());
-            device.copy(l.p_q.offset.data, l.p_next_q.offset.data, l.p_q.offset.bytes());
-        } else {
-            device.copy(l.p_q.absmax.data, l.p_next_q.absmax.data, l.p_q.absmax.bytes());
-        }
+        for (auto part : {&Nf4Tensor::codes, &Nf4Tensor::absmax, &Nf4Tensor::codes8, &Nf4Tensor::scale2, &Nf4Tensor::offset})
+            if ((l.p_q.*part).numel()) device.copy((l.p_q.*part).data, (next.q.*part).data, (l.p_q.*part).bytes());
     } else {
         convert(device, l.w, w);
         device.zero(l.b.value);
-        device.copy(l.p.data, l.p_next.data, l.p.bytes());
+        device.copy(l.p.data, next.p.data, l.p.bytes());
     }
     if (l.b.moments.correction) device.zero(l.b.moments.correction);
-    l.projected = true;
-    l.b.active = true;
+    l.projected = l.b.active = l.merged = true;
 }
 
 // B changes basis; its moments belong to the old one.

@@ -30,10 +30,23 @@ double StepSums::read_losses(int64_t count) {
     return total;
 }
 
+void StepSums::record(const Parameter& p) {
+    if (!p.active && !device_.dry()) return device_.zero(squares_ + p.stream, sizeof(double));  // its gradient was never written
+    ScratchScope scope(device_);
+    sum_of_squares(device_, squares_, p.stream, load_gradient(device_, scope, p));
+}
+
 void StepSums::read(Llama& model, int64_t count, double* loss_sum, double* gradient_norm) {
-    std::vector<Tensor> gradients;
-    for (Parameter* p : model.parameters()) gradients.push_back(p->logical(p->grad));
-    sums_of_squares(device_, squares_, gradients);
+    // All at once where all gradients lie ready.
+    std::vector<Tensor> ready;
+    for (Parameter* p : model.parameters())
+        if (!p->stepped && p->grad.dtype != DType::u8) ready.push_back(p->logical(p->grad));
+    if (ready.size() == parameters_) {
+        sums_of_squares(device_, squares_, ready);
+    } else {
+        for (Parameter* p : model.parameters())
+            if (!p->stepped) record(*p);
+    }
     std::vector<double> host(parameters_);
     device_.download(host.data(), squares_, int64_t(parameters_ * sizeof(double)));
     double total = 0;
@@ -42,11 +55,15 @@ void StepSums::read(Llama& model, int64_t count, double* loss_sum, double* gradi
     *loss_sum = read_losses(count);
 }
 
+void update_parameter(Device& device, const Config& config, Parameter& p, int64_t step, double lr, double grad_scale) {
+    if (!p.active && !device.dry()) return;
+    ScratchScope scope(device);
+    adam_update(device, p.logical(p.value), load_gradient(device, scope, p), p.moments, adam_step(config, p, lr, grad_scale, step), nullptr);
+    ++p.updates;
+}
+
 void update_parameters(Device& device, Llama& model, const Config& config, int64_t step, double lr, double grad_scale) {
-    for (Parameter* p : model.parameters()) {
-        if (!p->active && !device.dry()) continue;
-        adam_update(device, p->logical(p->value), p->logical(p->grad), p->moments, adam_step(config, *p, lr, grad_scale, step), nullptr);
-        ++p->updates;
-    }
+    for (Parameter* p : model.parameters())
+        if (!p->stepped) update_parameter(device, config, *p, step, lr, grad_scale);
     model.invalidate();
 }

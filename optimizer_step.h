@@ -12,16 +12,20 @@ class StepSums {
     ~StepSums();
     StepSums(const StepSums&) = delete;
     double* losses() { return losses_; }
-    // Σ of the first `count` losses, and ‖gradient‖ over all parameters. Synchronizes.
+    // Takes the squared norm of p's gradient now, because the gradient will not be there at the end of the step.
+    void record(const Parameter& p);
+    // Σ of the first `count` losses, and ‖gradient‖ over all parameters: as recorded where p.stepped, else of the gradient there is. Synchronizes.
     void read(Llama& model, int64_t count, double* loss_sum, double* gradient_norm);
     double read_losses(int64_t count);
 
   private:
     Device& device_;
     double* losses_;   // device [micro_batches]
-    double* squares_;  // device [parameters]
+    double* squares_;  // device [parameters], by Parameter::stream
     size_t parameters_;
 };
 
-// AdamW on every active parameter with the step's gradients times grad_scale.
+// AdamW on p with its gradient times grad_scale; nothing if p is not active.
+void update_parameter(Device& device, const Config& config, Parameter& p, int64_t step, double lr, double grad_scale);
+// The same on every parameter for which this step has not been taken yet.
 void update_parameters(Device& device, Llama& model, const Config& config, int64_t step, double lr, double grad_scale);

@@ -20,7 +20,7 @@ namespace {
 
 struct Arguments {
     std::string config_file, export_dir, export_dtype = "bf16";
-    bool resume = false, plan = false, sample = false;
+    bool resume = false, plan = false, json = false, sample = false;
     SampleOptions sampling;
     std::vector<Override> overrides;
     std::string program_dir;
@@ -75,6 +75,7 @@ Arguments parse(int argc, char** argv) {
     app.add_option("-c,--config", a.config_file, "configuration file, or the name of a preset in configs/");
     app.add_flag("--resume", a.resume, "continue the run in --run.dir from its newest valid checkpoint");
     app.add_flag("--plan", a.plan, "print the memory plan and exit; needs no GPU");
+    app.add_flag("--json", a.json, "print the plan as JSON (docs/formats.md); only with --plan");
     auto* sample = app.add_option("--sample", a.sampling.prompt, "generate text after this prompt from the run's newest checkpoint");
     app.add_option("--sample-tokens", a.sampling.tokens, "tokens to generate [128]");
     app.add_option("--temperature", a.sampling.temperature, "sampling temperature; 0 = the likeliest token [0.8]");
@@ -102,6 +103,7 @@ Arguments parse(int argc, char** argv) {
         throw UserError("unexpected argument \"" + extra + "\"; see --help");
     }
     a.sample = sample->count() > 0;
+    if (a.json && !a.plan) throw UserError("--json is a way to print the plan; give --plan too");
     if (!(a.sampling.temperature >= 0)) throw UserError(format("--temperature: got %g, must not be negative", a.sampling.temperature));
     if (a.sampling.top_k < 0 || a.sampling.tokens < 0) throw UserError("--top-k and --sample-tokens: must not be negative");
     for (auto& [key, value] : values)
@@ -112,7 +114,7 @@ Arguments parse(int argc, char** argv) {
 // A run is resumed with its own config.json; says where the file named beside --resume differs, leaving out what a run resolves itself.
 void note_ignored_file(const std::string& name, Config file, const Config& stored) {
     file.run.dir = stored.run.dir, file.train.micro_batch = stored.train.micro_batch;
-    file.train.effective_weights = stored.train.effective_weights, file.model.kv_heads = stored.model.kv_heads;
+    file.train.effective_weights = stored.train.effective_weights, file.train.recompute = stored.train.recompute, file.model.kv_heads = stored.model.kv_heads;
     std::string list;
     for (const std::string& difference : config_differences(file, stored)) list += (list.empty() ? "" : ", ") + difference;
     if (!list.empty()) std::fprintf(stderr, "resuming with the run's own config.json, which differs from %s: %s\n", name.c_str(), list.c_str());
@@ -202,7 +204,9 @@ void request_stop(int signal) {
 void train(const Arguments& a, Config& config, Device& device, const std::vector<std::string>& changes) {
     if (!a.resume && fs::exists(fs::path(config.run.dir) / "config.json"))
         throw UserError(config.run.dir + " already holds a run; --resume continues it, --run.dir starts another elsewhere");
-    MemoryPlan plan = choose_plan(config, device.kind(), memory_budget(config, &device));
+    int64_t budget = memory_budget(config, &device);
+    MemoryPlan plan = choose_plan(config, device.kind(), budget);
+    if (budget) device.limit_memory(budget - library_bytes(device.kind()));  // held to, should the plan ever be wrong
     Trainer trainer(config, device, plan, a.resume, changes);
     // From here on Ctrl-C means: finish the step, save, leave.
     struct sigaction action {};
@@ -213,26 +217,35 @@ void train(const Arguments& a, Config& config, Device& device, const std::vector
     trainer.run();
 }
 
+void print_plan(const Arguments& a, Config& config) {
+    bool cuda = config.run.device != "cpu" && (config.run.device != "auto" || Device::cuda_usable() || !config.run.memory_budget.empty());
+    DeviceKind kind = cuda ? DeviceKind::cuda : DeviceKind::cpu;
+    // Within what the run itself would find free; for a GPU that is not here, 24 GiB: the card this program is made for.
+    std::unique_ptr<Device> device;
+    if (kind == DeviceKind::cpu) device = Device::open("cpu");
+    else if (Device::cuda_usable()) device = Device::open(config.run.device == "auto" ? "cuda" : config.run.device);
+    int64_t budget = memory_budget(config, device.get());
+    if (budget == 0) budget = int64_t(24) << 30;
+    // A micro-batch that was asked for is planned whether it fits here or not.
+    bool anyhow = config.train.micro_batch != 0 && config.run.memory_budget.empty();
+    const Config asked = config;
+    MemoryPlan plan;
+    try {
+        plan = choose_plan(config, kind, budget);
+    } catch (const UserError&) {
+        if (!anyhow) throw;
+        config = asked, budget = 0;
+        plan = choose_plan(config, kind, budget);
+    }
+    std::printf("%s", (a.json ? plan_to_json : describe_plan)(config, plan, kind, budget).c_str());
+}
+
 int run(int argc, char** argv) {
     Arguments a = parse(argc, argv);
     std::vector<std::string> changes;
     bool existing_run = a.resume || a.sample || !a.export_dir.empty();
     Config config = configure(a, existing_run, changes);
-    if (a.plan) {
-        bool cuda = config.run.device != "cpu" && (config.run.device != "auto" || Device::cuda_usable() || !config.run.memory_budget.empty());
-        DeviceKind kind = cuda ? DeviceKind::cuda : DeviceKind::cpu;
-        // Within what the run itself would find free; for a GPU that is not here, 24 GiB: the card this program is made for.
-        std::unique_ptr<Device> device;
-        if (kind == DeviceKind::cpu) device = Device::open("cpu");
-        else if (Device::cuda_usable()) device = Device::open(config.run.device == "auto" ? "cuda" : config.run.device);
-        int64_t budget = memory_budget(config, device.get());
-        if (budget == 0) budget = int64_t(24) << 30;
-        // A micro-batch that was asked for is planned whether it fits here or not.
-        if (config.train.micro_batch != 0 && config.run.memory_budget.empty()) budget = 0;
-        MemoryPlan plan = choose_plan(config, kind, budget);
-        std::printf("%s", describe_plan(config, plan, kind, budget).c_str());
-        return 0;
-    }
+    if (a.plan) return print_plan(a, config), 0;
     auto device = Device::open(config.run.device);
     if (a.sample) sample_text(a, config, *device);
     else if (!a.export_dir.empty()) export_model(a, config, *device);

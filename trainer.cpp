@@ -188,20 +188,19 @@ void Trainer::evaluate() {
     progress_->note(note);
 }
 
-// waited: seconds for projections that were not done when the backward pass was.
-void Trainer::merge(const ProjectionPass& pass, double waited) {
+// Ends the merges of the step under way. waited: seconds for those begun in the backward pass that were not done when it was.
+void Trainer::merge(double waited) {
     double begin = wall_seconds();
-    // A matrix's first merge starts from its true weights, not from their NF4 round trip.
-    MergeStatistics s = model_->merge(pass.step, source_ ? &source_ : nullptr);
+    MergeStatistics s = model_->merge(step_, source_ ? &source_ : nullptr);
     s.projection_seconds += waited;
     if (model_->projected_matrices() == model_->matrices()) source_ = nullptr;
     device_.synchronize();
     double done = std::max(1, s.matrices - s.failed);
-    metrics_->write("merge", {{"step", pass.step}, {"seconds", wall_seconds() - begin + s.projection_seconds}, {"projection_seconds", s.projection_seconds},
+    metrics_->write("merge", {{"step", step_}, {"seconds", wall_seconds() - begin + s.projection_seconds}, {"projection_seconds", s.projection_seconds},
                               {"quant_error", s.quant_error / done},
                               {"quant_error_uncompensated", s.plain_quant_error / done}, {"captured_energy", s.captured_energy / done},
                               {"matrices", int64_t(s.matrices)}, {"failed", int64_t(s.failed)}});
-    if (s.failed) progress_->note(format("step %lld: %d of %d matrices kept their projection (gradient zero or not finite)", (long long)pass.step, s.failed, s.matrices));
+    if (s.failed) progress_->note(format("step %lld: %d of %d matrices kept their projection (gradient zero or not finite)", (long long)step_, s.failed, s.matrices));
 }
 
 void Trainer::train_step() {
@@ -210,27 +209,38 @@ void Trainer::train_step() {
     for (int64_t i = 0; i < config_.micro_batches(); ++i) batches.push_back(stream_->next());
     // Should step 0 be skipped as not finite, the first merge is made up for at the next step.
     bool never_merged = config_.low_rank() && model_->projected_matrices() == 0;
-    ProjectionPass pass = projection_pass(config_, step_, never_merged || std::binary_search(merges_.begin(), merges_.end(), step_));
-    auto [loss, gradient_norm, waited] = accumulate_gradients(device_, *model_, *sums_, batches, pass);
-    double lr = learning_rate(config_, step_);
+    StepPlan plan;
+    plan.step = step_, plan.lr = learning_rate(config_, step_);
+    plan.merges = never_merged || std::binary_search(merges_.begin(), merges_.end(), step_);
+    // A matrix's first merge starts from its true weights, not from their NF4 round trip.
+    plan.source = source_ ? &source_ : nullptr;
+    StepGradients gradients = accumulate_gradients(device_, *model_, config_, *sums_, batches, plan);
 
-    if (!std::isfinite(loss) || !std::isfinite(gradient_norm)) {
-        // Nothing was changed yet: weights and moments are those of the step before.
-        metrics_->write("nonfinite", {{"step", step_}, {"loss", loss}, {"grad_norm", gradient_norm}, {"policy", config_.optimizer.nonfinite}});
-        if (config_.optimizer.nonfinite == "stop") {
-            save();
-            throw UserError(format("step %lld: loss %g, gradient norm %g: not finite; weights of the step before are saved; lower optimizer.lr, set optimizer.clip, or use --nonfinite skip",
-                                   (long long)step_, loss, gradient_norm));
-        }
-        ++skipped_;
-    } else {
-        apply_gradients(device_, *model_, config_, step_, lr, gradient_norm);
-        if (pass.active) merge(pass, waited);
-    }
+    bool finite = std::isfinite(gradients.loss) && std::isfinite(gradients.norm);
+    if (finite) apply_gradients(device_, *model_, config_, plan, gradients.norm);
+    else handle_nonfinite(gradients);
+    if (plan.merges && (finite || gradients.updated)) merge(gradients.waited);
     device_.synchronize();
     ++step_;
     ++steps_here_;
-    report_step(loss, gradient_norm, lr, wall_seconds() - begin);
+    report_step(gradients.loss, gradients.norm, plan.lr, wall_seconds() - begin);
+}
+
+// A step whose loss or gradient is not finite is left out, or ends the run.
+void Trainer::handle_nonfinite(const StepGradients& gradients) {
+    metrics_->write("nonfinite", {{"step", step_}, {"loss", gradients.loss}, {"grad_norm", gradients.norm}, {"policy", config_.optimizer.nonfinite}});
+    ++skipped_;
+    if (config_.optimizer.nonfinite != "stop") return;
+    std::string text = format("step %lld: loss %g, gradient norm %g: not finite; ", (long long)step_, gradients.loss, gradients.norm);
+    // As a rule nothing was changed yet. But updates inside the backward pass may have come before what is not finite did.
+    if (gradients.updated) {
+        text += saved_step_ < 0 ? "nothing was saved before" : format("the checkpoint of step %lld is the last", (long long)saved_step_);
+    } else {
+        --skipped_;
+        save();
+        text += "weights of the step before are saved";
+    }
+    throw UserError(text + "; lower optimizer.lr, set optimizer.clip, or use --nonfinite skip");
 }
 
 std::string Trainer::utilization(double rate) const {

@@ -28,7 +28,8 @@ class Trainer {
     void start_fresh();
     void restore();
     void train_step();
-    void merge(const ProjectionPass& pass, double waited);
+    void handle_nonfinite(const StepGradients& gradients);
+    void merge(double waited);
     void evaluate();
     void save();
     void report_step(double loss, double gradient_norm, double lr, double seconds);

@@ -1,6 +1,7 @@
 #include "weight_source.h"
 
 #include <memory>
+#include <mutex>
 #include <utility>
 
 #include "ops/random.h"
@@ -30,10 +31,12 @@ WeightSource random_weights(const Config& config) {
 
 WeightSource host_weights(HostWeights read) {
     struct Matrix {  // the last one read: a large one is asked for in pieces
+        std::mutex mutex;
         std::string name;
         std::vector<float> values;
     };
     return [read = std::move(read), last = std::make_shared<Matrix>()](Device& device, const std::string& name, int64_t row_begin, Tensor rows) {
+        std::lock_guard<std::mutex> lock(last->mutex);
         if (last->name != name) read(name, last->values);
         last->name = name;
         int64_t begin = row_begin * rows.cols;

@@ -113,9 +113,11 @@ class Run {
     // One optimizer step, by the clock of the trainer's step_ms. The loss goes to loss().
     double step(bool merges) {
         double begin = wall_seconds();
-        StepGradients gradients = accumulate_gradients(device_, model_, sums_, batches_, projection_pass(config_, step_, merges));
+        StepPlan plan;
+        plan.step = step_, plan.lr = learning_rate(config_, step_), plan.merges = merges;
+        StepGradients gradients = accumulate_gradients(device_, model_, config_, sums_, batches_, plan);
         if (!std::isfinite(gradients.loss) || !std::isfinite(gradients.norm)) throw UserError("the loss is not finite; what was timed is not training");
-        apply_gradients(device_, model_, config_, step_, learning_rate(config_, step_), gradients.norm);
+        apply_gradients(device_, model_, config_, plan, gradients.norm);
         if (merges) model_.merge(step_, nullptr);
         device_.synchronize();
         loss_ = gradients.loss;

@@ -37,20 +37,23 @@ void forward_cpu(Tensor y, Tensor table, const int32_t* tokens) {
     for (int64_t t = 0; t < y.rows; ++t) memcpy(y.at(t, 0), table.at(tokens[t], 0), y.cols * size_of(y.dtype));
 }
 
-template <class D> void add_groups_cpu(Tensor dtable, Tensor partial, const DeviceTokenGroups& groups) {
+template <class D> void add_groups_cpu(Tensor dtable, Tensor partial, const DeviceTokenGroups& groups, const RoundingDraws& draws) {
 #pragma omp parallel for
     for (int64_t g = 0; g < groups.groups; ++g) {
         D* out = dtable.as<D>() + groups.group_token[g] * dtable.ld;
+        const int64_t element = groups.group_token[g] * dtable.cols;
         const int32_t begin = groups.group_begin[g], end = groups.group_begin[g + 1];
         for (int64_t c = 0; c < dtable.cols; ++c) {
             float sum = 0;
             for (int64_t s = begin; s < end; ++s) sum += partial.as<float>()[s * partial.ld + c];
-            store(out[c], to_float(out[c]) + sum);
+            sum += to_float(out[c]);
+            if constexpr (std::is_same_v<D, bf16>) out[c] = to_bf16_stochastic(sum, draws.of_element(element + c));
+            else out[c] = sum;
         }
     }
 }
 
-void backward_cpu(Tensor dtable, Tensor dy, Tensor partial, const DeviceTokenGroups& groups) {
+void backward_cpu(Tensor dtable, Tensor dy, Tensor partial, const DeviceTokenGroups& groups, const RoundingDraws& draws) {
 #pragma omp parallel for
     for (int64_t s = 0; s < groups.segments; ++s) {
         float* sum = partial.as<float>() + s * partial.ld;
@@ -61,8 +64,8 @@ void backward_cpu(Tensor dtable, Tensor dy, Tensor partial, const DeviceTokenGro
             for (int64_t c = 0; c < dy.cols; ++c) sum[c] += row[c];
         }
     }
-    if (dtable.dtype == DType::f32) add_groups_cpu<float>(dtable, partial, groups);
-    else add_groups_cpu<bf16>(dtable, partial, groups);
+    if (dtable.dtype == DType::f32) add_groups_cpu<float>(dtable, partial, groups, draws);
+    else add_groups_cpu<bf16>(dtable, partial, groups, draws);
 }
 
 #ifdef WITH_CUDA
@@ -121,10 +124,21 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
     store_n(partial + at.item * cols + at.column, sum);
 }
 
+// out = x, elements number `element` on of their tensor. Eight of them are one group of draws.
+template <int N> __device__ __forceinline__ void store_rounded(float* out, const float (&x)[N], int64_t, const RoundingDraws&) { store_n(out, x); }
+template <int N> __device__ __forceinline__ void store_rounded(bf16* out, const float (&x)[N], int64_t element, const RoundingDraws& draws) {
+    if constexpr (N == kVector) {
+        const Bf16x8 rounded = round_stochastic(x, draws.of_group(element / kVector));
+        store_words(out, rounded.word[0], rounded.word[1], rounded.word[2], rounded.word[3]);
+    } else {
+        *out = to_bf16_stochastic(x[0], draws.of_element(element));
+    }
+}
+
 // dtable[token of group g] += Σ partial[s] over the segments of g, in order.
 template <int N, class D>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
-    group_kernel(D* dtable, int64_t ld_dtable, const float* partial, int64_t cols, DeviceTokenGroups groups) {
+    group_kernel(D* dtable, int64_t ld_dtable, const float* partial, int64_t cols, DeviceTokenGroups groups, RoundingDraws draws) {
     WarpChunk at = warp_chunk<N>(cols);
     if (at.item >= groups.groups || at.column >= cols) return;
     float sum[N] = {};
@@ -136,15 +150,17 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
 #pragma unroll
         for (int k = 0; k < N; ++k) sum[k] += x[k];
     }
-    D* out = dtable + groups.group_token[at.item] * ld_dtable + at.column;
+    const int64_t token = groups.group_token[at.item];
+    D* out = dtable + token * ld_dtable + at.column;
     float x[N];
     load_n(out, x);
 #pragma unroll
     for (int k = 0; k < N; ++k) x[k] += sum[k];
-    store_n(out, x);
+    store_rounded(out, x, token * cols + at.column, draws);
 }
 
-template <int N> void backward_cuda(CudaContext& cuda, Tensor dtable, Tensor dy, Tensor partial, const DeviceTokenGroups& groups) {
+template <int N>
+void backward_cuda(CudaContext& cuda, Tensor dtable, Tensor dy, Tensor partial, const DeviceTokenGroups& groups, const RoundingDraws& draws) {
     if (groups.segments == 0) return;
     const int threads = kWarpsPerBlock * kWarp;
     const int64_t h = dy.cols;
@@ -152,15 +168,15 @@ template <int N> void backward_cuda(CudaContext& cuda, Tensor dtable, Tensor dy,
     LAUNCH_CHECK();
     const unsigned blocks = warp_chunk_blocks<N>(groups.groups, h);
     if (dtable.dtype == DType::f32)
-        group_kernel<N><<<blocks, threads, 0, cuda.stream>>>(dtable.as<float>(), dtable.ld, partial.as<float>(), h, groups);
+        group_kernel<N><<<blocks, threads, 0, cuda.stream>>>(dtable.as<float>(), dtable.ld, partial.as<float>(), h, groups, draws);
     else
-        group_kernel<N><<<blocks, threads, 0, cuda.stream>>>(dtable.as<bf16>(), dtable.ld, partial.as<float>(), h, groups);
+        group_kernel<N><<<blocks, threads, 0, cuda.stream>>>(dtable.as<bf16>(), dtable.ld, partial.as<float>(), h, groups, draws);
     LAUNCH_CHECK();
 }
 
-void backward_cuda(CudaContext& cuda, Tensor dtable, Tensor dy, Tensor partial, const DeviceTokenGroups& groups) {
-    if (aligned_rows(dtable) && aligned_rows(dy) && dy.cols % kVector == 0) backward_cuda<kVector>(cuda, dtable, dy, partial, groups);
-    else backward_cuda<1>(cuda, dtable, dy, partial, groups);
+void backward_cuda(CudaContext& cuda, Tensor dtable, Tensor dy, Tensor partial, const DeviceTokenGroups& groups, const RoundingDraws& draws) {
+    if (aligned_rows(dtable) && aligned_rows(dy) && dy.cols % kVector == 0) backward_cuda<kVector>(cuda, dtable, dy, partial, groups, draws);
+    else backward_cuda<1>(cuda, dtable, dy, partial, groups, draws);
 }
 #endif
 
@@ -173,13 +189,14 @@ void embedding_forward(Device& device, Tensor y, Tensor table, const int32_t* to
     ON_DEVICE(device, forward_cuda(device.cuda(), y, table, tokens), forward_cpu(y, table, tokens));
 }
 
-void embedding_backward(Device& device, Tensor dtable, Tensor dy, const DeviceTokenGroups& groups, const RoundingDraws&) {
+void embedding_backward(Device& device, Tensor dtable, Tensor dy, const DeviceTokenGroups& groups, const RoundingDraws& draws) {
     CHECK_INTERNAL(dtable.cols == dy.cols && dy.dtype == device.activation_dtype(), "dtable %lld columns, dy %lld", (long long)dtable.cols,
                    (long long)dy.cols);
     CHECK_INTERNAL(dtable.dtype == DType::f32 || dtable.dtype == DType::bf16, "dtable of %s", safetensors_name(dtable.dtype));
+    CHECK_INTERNAL(draws.begin % 8 == 0, "draws from %lld on", (long long)draws.begin);
     ScratchScope scratch(device);
     Tensor partial = scratch.tensor("embedding gradient segments", DType::f32, groups.segments, dy.cols);
     OperationTimer timer(device, "embedding_backward", 0,
                          double(dy.numel()) * size_of(dy.dtype) + 2.0 * double(groups.groups * dy.cols) * size_of(dtable.dtype));
-    ON_DEVICE(device, backward_cuda(device.cuda(), dtable, dy, partial, groups), backward_cpu(dtable, dy, partial, groups));
+    ON_DEVICE(device, backward_cuda(device.cuda(), dtable, dy, partial, groups, draws), backward_cpu(dtable, dy, partial, groups, draws));
 }

@@ -54,6 +54,11 @@ template <int N> __device__ __forceinline__ void store_n(float* p, const float (
     }
 }
 
+// One 16-byte store: left to itself the compiler splits it where the words come out of branches.
+__device__ __forceinline__ void store_words(void* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
 // Sum over the warp, the same bits in every lane (each exchange adds the same two numbers on both sides).
 template <class T> __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll

@@ -18,10 +18,14 @@ struct CudaContext {};
 namespace {
 
 constexpr int64_t kScratchAlignment = 256;
+constexpr int64_t kCudaPage = int64_t(2) << 20;
 // On a dry device blocks have addresses that nobody reads; null would look like "absent".
 char* const kDryAddress = reinterpret_cast<char*>(uintptr_t(1) << 40);
 
-std::string gibibytes(int64_t bytes) { return format("%.3f GiB", double(bytes) / double(int64_t(1) << 30)); }
+std::string amount_text(int64_t bytes) {
+    double amount = double(bytes) / double(int64_t(1) << 30);
+    return amount < 0.1 ? format("%.3f MiB", 1024 * amount) : format("%.3f GiB", amount);
+}
 
 constexpr int64_t kBlasWorkspace = int64_t(64) << 20;
 // What the library handles of a fork hold: with four of them 60M, 130M and 1B took 653, 652 and 656 MiB more than all else in their plans
@@ -117,7 +121,9 @@ std::unique_ptr<Device> Device::open_dry(DeviceKind kind) {
 
 std::unique_ptr<Device> Device::fork() const {
     std::unique_ptr<Device> device(new Device);
-    device->kind_ = kind_, device->dry_ = dry_, device->name_ = name_;
+    device->kind_ = kind_, device->dry_ = dry_, device->name_ = name_, device->books_ = books_;
+    take("another stream and its libraries", fork_bytes(kind_));
+    device->own_library_bytes_ = fork_bytes(kind_);
 #ifdef WITH_CUDA
     if (is_cuda() && !dry_) {
         device->cuda_ = open_cuda(cuda_->ordinal);
@@ -131,6 +137,7 @@ std::unique_ptr<Device> Device::fork() const {
 int64_t Device::fork_bytes(DeviceKind kind) { return kind == DeviceKind::cuda ? kBlasWorkspace + kForkLibraryBytes : 0; }
 
 Device::~Device() {
+    books_->used -= own_library_bytes_;
     if (dry_) return;
     if (scratch_base_) release(scratch_base_);
     while (!held_.empty()) release(held_.begin()->first);
@@ -147,11 +154,29 @@ Device::~Device() {
 #endif
 }
 
+int64_t Device::block_bytes(int64_t bytes) const {
+    return round_up(std::max<int64_t>(bytes, 1), is_cuda() ? kCudaPage : kScratchAlignment);
+}
+
+// Enters bytes for `what` in the books, unless they would pass the limit.
+void Device::take(const std::string& what, int64_t bytes) const {
+    if ((books_->used += bytes) <= books_->limit) return;
+    books_->used -= bytes;
+    throw UserError(out_of_memory(what, bytes, std::max<int64_t>(0, books_->limit - books_->used), "allowed"));
+}
+
+std::string Device::out_of_memory(const std::string& what, int64_t bytes, int64_t left, const char* kind_of_left) const {
+    std::string table;
+    for (auto& [address, block] : held_) table += "; " + block.second + " " + amount_text(block.first);
+    return "not enough memory on " + name_ + " for " + what + ": " + amount_text(bytes) + " wanted, " + amount_text(left) + " " + kind_of_left + " (held" +
+           (table.empty() ? ": nothing" : table.substr(1)) + "); lower train.micro_batch or see --plan";
+}
+
 void* Device::allocate(int64_t bytes, const std::string& what) {
     CHECK_INTERNAL(bytes >= 0, "allocation of %lld bytes for %s", (long long)bytes, what.c_str());
-    int64_t padded = std::max(round_up(bytes, kScratchAlignment), kScratchAlignment);
-    allocated_ += padded;
-    if (dry_) return kDryAddress + allocated_;
+    const int64_t taken = block_bytes(bytes), padded = round_up(std::max<int64_t>(bytes, 1), kScratchAlignment);
+    take(what, taken);
+    if (dry_) return kDryAddress + books_->used;
     void* pointer = nullptr;
 #ifdef WITH_CUDA
     if (is_cuda()) {
@@ -161,20 +186,17 @@ void* Device::allocate(int64_t bytes, const std::string& what) {
 #endif
     if (!is_cuda()) pointer = std::aligned_alloc(kScratchAlignment, padded);
     if (!pointer) {
-        allocated_ -= padded;
-        std::string table;
-        for (auto& [address, block] : held_) table += "; " + block.second + " " + gibibytes(block.first);
-        throw UserError("not enough memory on " + name_ + " for " + what + ": " + gibibytes(bytes) + " wanted, " + gibibytes(free_bytes()) +
-                        " free (held" + (table.empty() ? ": nothing" : table.substr(1)) + "); lower train.micro_batch or see --plan");
+        books_->used -= taken;
+        throw UserError(out_of_memory(what, bytes, free_bytes(), "free"));
     }
-    held_[pointer] = {padded, what};
+    held_[pointer] = {taken, what};
     return pointer;
 }
 
 void Device::release(void* pointer) {
     auto it = held_.find(pointer);
     if (dry_ || it == held_.end()) return;
-    allocated_ -= it->second.first;
+    books_->used -= it->second.first;
     held_.erase(it);
 #ifdef WITH_CUDA
     if (is_cuda()) {
@@ -185,6 +207,8 @@ void Device::release(void* pointer) {
 #endif
     std::free(pointer);
 }
+
+int64_t Device::allowed_bytes() const { return std::min(books_->limit - books_->used, free_bytes()); }
 
 int64_t Device::free_bytes() const {
     if (dry_) return 0;

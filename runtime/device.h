@@ -5,7 +5,9 @@
 // and a *dry* device of either kind runs the same program without memory or arithmetic: every operation returns at once and
 // only the books are kept. That is how the memory plan is made, so plan and run cannot disagree.
 #pragma once
+#include <atomic>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <string>
@@ -54,6 +56,14 @@ class Device {
     // Memory. A failed allocation throws UserError naming `what` and the bytes, with the table of what is held.
     void* allocate(int64_t bytes, const std::string& what);
     void release(void* pointer);
+    // What an allocation of so many bytes takes: whole pages of 2 MiB on cuda.
+    int64_t block_bytes(int64_t bytes) const;
+    // From now on allocations of this device and its forks, with fork_bytes() for every fork, that would together pass `bytes` throw
+    // UserError as if memory had run out. What libraries take is the caller's to subtract.
+    void limit_memory(int64_t bytes) { books_->limit = bytes; }
+    // What may still be allocated: limit or free memory, whichever is less.
+    int64_t allowed_bytes() const;
+    int64_t allocated_bytes() const { return books_->used; }  // by this device and its forks; a dry device counts what it gave back too
     int64_t free_bytes() const;         // free memory of the device now (host: available memory)
     int64_t process_peak_bytes() const; // cuda: total minus the lowest free memory seen; cpu: peak resident size
 
@@ -81,6 +91,8 @@ class Device {
 
   private:
     Device() = default;
+    void take(const std::string& what, int64_t bytes) const;
+    std::string out_of_memory(const std::string& what, int64_t bytes, int64_t left, const char* kind_of_left) const;
     DeviceKind kind_ = DeviceKind::cpu;
     bool dry_ = false;
     std::string name_;
@@ -88,7 +100,12 @@ class Device {
     Profiler* profiler_ = nullptr;
     Workers* workers_ = nullptr;
     std::map<void*, std::pair<int64_t, std::string>> held_;
-    int64_t allocated_ = 0;
+    // Shared with forks, which other threads use.
+    struct Books {
+        std::atomic<int64_t> used{0}, limit{std::numeric_limits<int64_t>::max()};
+    };
+    std::shared_ptr<Books> books_ = std::make_shared<Books>();
+    int64_t own_library_bytes_ = 0;  // of a fork, in the books
     char* scratch_base_ = nullptr;
     int64_t scratch_size_ = 0, scratch_used_ = 0, scratch_peak_ = 0;
 };

@@ -34,7 +34,36 @@ struct RoundingDraws {
     uint64_t seed;
     uint32_t stream, step;
     uint64_t begin = 0;
+
+    // Those of elements 8·group .. 8·group + 7.
+    HOST_DEVICE Philox4 of_group(int64_t group) const { return rounding_draws(seed, begin / 8 + uint64_t(group), stream, step); }
+    HOST_DEVICE uint32_t of_element(int64_t i) const { return rounding_draw16(of_group(i / 8), int(i % 8)); }
 };
+
+#ifdef __CUDACC__
+// Eight bf16 in memory order.
+struct Bf16x8 {
+    uint32_t word[4];
+    __device__ __forceinline__ bf16 operator[](int k) const { return bf16{uint16_t(word[k / 2] >> (k % 2 * 16))}; }
+};
+
+// Eight values rounded with the draws of their group.
+__device__ __forceinline__ Bf16x8 round_stochastic(const float (&x)[8], const Philox4& draws) {
+    constexpr float largest = 3.38953139e38f;  // of bf16. Up to there rounding is one addition: the carry runs into mantissa and exponent.
+    bool ordinary = true;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) ordinary &= fabsf(x[k]) <= largest;
+    Bf16x8 packed;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if (ordinary)
+            packed.word[i] = __byte_perm(bits_of_float(x[2 * i]) + (draws.x[i] & 0xffffu), bits_of_float(x[2 * i + 1]) + (draws.x[i] >> 16), 0x7632);
+        else
+            packed.word[i] = to_bf16_stochastic(x[2 * i], draws.x[i] & 0xffffu).bits | uint32_t(to_bf16_stochastic(x[2 * i + 1], draws.x[i] >> 16).bits) << 16;
+    }
+    return packed;
+}
+#endif
 
 // Uniform in (0, 1], 32-bit resolution.
 HOST_DEVICE float uniform01(uint32_t u) { return (float(u >> 8) + 1.0f) * (1.0f / 16777216.0f); }

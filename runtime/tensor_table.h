@@ -17,6 +17,7 @@ struct TensorEntry {
     int64_t rows, cols;         // logical; holder->rows/cols may be padded
     int64_t offset;             // bytes within the family's arena
     bool saved;                 // part of a checkpoint
+    bool shared = false;        // lies where other shared tensors of its family lie
 };
 
 class TensorTable {
@@ -25,14 +26,17 @@ class TensorTable {
     // The holder must stay where it is until the table is gone. A saved tensor is written to checkpoints under its name.
     void add(const std::string& name, Family family, Tensor* holder, DType dtype, int64_t rows, int64_t cols, bool saved, int64_t padded_rows = 0,
              int64_t ld = 0);
+    // The same for a tensor whose contents matter only until the next one of its family is written: all shared tensors of a family lie in one
+    // place, as large as the largest. Never saved.
+    void add_shared(const std::string& name, Family family, Tensor* holder, DType dtype, int64_t rows, int64_t cols, int64_t padded_rows = 0, int64_t ld = 0);
     // Registers a name for part of another tensor: rows [row_begin, row_begin + rows) of *parent, columns [0, cols). Takes no memory.
     void add_part(const std::string& name, Tensor* holder, const Tensor* parent, int64_t row_begin, int64_t rows, int64_t cols, int64_t padded_rows, bool saved);
 
     void allocate(Device& device);
-    void zero_family(Device& device, Family family);
 
     const std::vector<TensorEntry>& entries() const { return entries_; }
-    const std::map<Family, int64_t>& families() const { return sizes_; }
+    // Bytes of every family's arena.
+    std::map<Family, int64_t> families() const;
 
   private:
     struct Part {
@@ -42,6 +46,6 @@ class TensorTable {
     };
     std::vector<TensorEntry> entries_;
     std::vector<Part> parts_;
-    std::map<Family, int64_t> sizes_;
+    std::map<Family, int64_t> sizes_, shared_sizes_;  // of what has a place of its own; of the shared place before it
     std::map<Family, char*> bases_;
 };

@@ -16,6 +16,7 @@ inline Config fixture_config(const std::string& directory, const std::string& me
     c.method.name = method;
     c.method.rank = 16;
     c.method.compensation_rounds = 3;
+    c.optimizer.clip = 1e9;  // changes nothing, but merges then wait for the end of the backward pass, and a test can look in between
     c.train.batch = 3, c.train.micro_batch = micro_batch, c.train.seq_len = 24, c.train.steps = 1000;
     validate_config(c);
     return c;
@@ -68,9 +69,9 @@ struct SmallModel {
         model.initialize(source);
     }
     // Forward and backward; returns the mean loss.
-    double pass(const Batch& batch, const ProjectionPass& projection = {}) {
+    double pass(const Batch& batch, const BackwardPass& pass = {}) {
         model.zero_gradients();
-        model.train(batch, float(1.0 / double(batch.valid_targets)), sums.losses(), 0, projection);
+        model.train(batch, float(1.0 / double(batch.valid_targets)), sums.losses(), 0, pass);
         return sums.read_losses(1) / double(batch.valid_targets);
     }
     Parameter& parameter(const std::string& name) {

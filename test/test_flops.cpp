@@ -19,8 +19,10 @@ double booked_flops_per_token(const Config& config) {
         b.groups = group_tokens(b.tokens.data(), b.rows * b.seq, config.model.vocab);
     }
     auto step = [&](int64_t number, bool merges) {
-        StepGradients gradients = accumulate_gradients(*device, small.model, small.sums, batches, projection_pass(config, number, merges));
-        apply_gradients(*device, small.model, config, number, 1e-3, gradients.norm);
+        StepPlan plan;
+        plan.step = number, plan.lr = 1e-3, plan.merges = merges;
+        StepGradients gradients = accumulate_gradients(*device, small.model, config, small.sums, batches, plan);
+        apply_gradients(*device, small.model, config, plan, gradients.norm);
         if (merges) small.model.merge(number, nullptr);
     };
     step(0, config.low_rank());
@@ -45,15 +47,59 @@ Config tiny_config(const std::string& method, const std::string& effective, int6
 }  // namespace
 
 TEST_CASE("FLOPs per token are those of a real step's products", "[flops]") {
-    for (int64_t kv_heads : {2, 1})
-        for (int64_t micro_batch : {4, 2})
-            for (auto [method, effective] : {std::pair<const char*, const char*>{"full", "cached"}, {"loqt", "cached"}, {"loqt", "rebuilt"}, {"loqt", "factored"}, {"loqt-nq", "rebuilt"}}) {
-                INFO(method << ", effective weights " << effective << ", micro-batch " << micro_batch << ", kv heads " << kv_heads);
+    for (const char* recompute : {"none", "light", "block"})
+        for (auto [method, effective] : {std::pair<const char*, const char*>{"full", "cached"}, {"loqt", "cached"}, {"loqt", "rebuilt"}, {"loqt", "factored"}, {"loqt-nq", "rebuilt"}})
+            for (auto [kv_heads, micro_batch] : {std::pair<int64_t, int64_t>{1, 2}, {2, 4}}) {
+                if (kv_heads == 2 && recompute != std::string("light")) continue;
+                INFO(method << ", effective weights " << effective << ", micro-batch " << micro_batch << ", kv heads " << kv_heads << ", recompute " << recompute);
                 Config c = tiny_config(method, effective, micro_batch, kv_heads);
+                c.train.recompute = recompute, c.model.layers = 2;
                 // Causal attention in the convention of the FlashAttention papers: half of 4·S·h forward, 2.5 times that backward.
-                double attention = double(c.model.layers) * 3.5 * 2.0 * double(c.train.seq_len * c.model.hidden);
-                CHECK(booked_flops_per_token(c) == Approx(training_flops_per_token(c) - attention).epsilon(1e-12));
+                double forward = double(c.model.layers) * 2.0 * double(c.train.seq_len * c.model.hidden);
+                double attention = (recompute == std::string("block") ? 4.0 : 3.5) * forward;  // again in the first of two blocks
+                CHECK(booked_flops_per_token(c) == Approx(machine_flops_per_token(c) - attention).epsilon(1e-12));
             }
+}
+
+TEST_CASE("what is made again is no work that MFU credits", "[flops]") {
+    for (const char* effective : {"cached", "rebuilt", "factored"}) {
+        INFO(effective);
+        Config none = tiny_config("loqt", effective, 2, 2), light = none, block = none;
+        none.train.recompute = "none", light.train.recompute = "light", block.train.recompute = "block";
+        CHECK(training_flops_per_token(none) == training_flops_per_token(light));
+        CHECK(training_flops_per_token(none) == training_flops_per_token(block));
+        CHECK(machine_flops_per_token(none) == training_flops_per_token(none));
+        CHECK((machine_flops_per_token(light) > machine_flops_per_token(none)) == (effective == std::string("factored")));
+        CHECK(machine_flops_per_token(block) > machine_flops_per_token(light));
+    }
+}
+
+TEST_CASE("cost per token: known orders of the ways to train", "[flops]") {
+    auto cost = [](const char* name, const char* recompute, const char* weights, int64_t micro_batch, DeviceKind kind = DeviceKind::cuda) {
+        Config c;
+        read_config_file(c, std::string("configs/") + name + ".json");
+        c.train.recompute = recompute, c.train.effective_weights = weights, c.train.micro_batch = micro_batch;
+        validate_config(c);
+        return cost_per_token(c, kind);
+    };
+    for (DeviceKind kind : {DeviceKind::cuda, DeviceKind::cpu})
+        for (const char* name : {"60m", "1b", "7b", "13b"})
+            for (int64_t m = 1; m <= 512; m *= 2) {
+                INFO(name << " micro-batch " << m);
+                for (const char* weights : {"cached", "rebuilt", "factored"}) {
+                    INFO(weights);
+                    CHECK(cost(name, "none", weights, m, kind) < cost(name, "light", weights, m, kind));
+                    CHECK(cost(name, "light", weights, m, kind) < cost(name, "block", weights, m, kind));
+                    if (m > 1) CHECK(cost(name, "light", weights, m, kind) <= cost(name, "light", weights, m / 2, kind));
+                }
+                CHECK(cost(name, "light", "cached", m, kind) < cost(name, "light", "rebuilt", m, kind));
+            }
+    // T* = b·m·n/(d_small + 2·d_large), 2,730 to 3,450 tokens for 7B: below it factors, far above it the product.
+    CHECK(cost("7b", "light", "factored", 4) < cost("7b", "light", "rebuilt", 4));
+    CHECK(cost("7b", "light", "rebuilt", 32) < cost("7b", "light", "factored", 32));
+    // Blocks made again cost a third of the products; ten times the tokens per micro-batch are worth more where those are few.
+    CHECK(cost("13b", "block", "rebuilt", 64) < cost("13b", "light", "factored", 1));
+    CHECK(cost("60m", "light", "cached", 256) < cost("60m", "block", "cached", 512));
 }
 
 TEST_CASE("loqt needs fewer FLOPs than full rank, and the two figures are kept apart", "[flops]") {

@@ -25,9 +25,9 @@ void check_full_model(Device& device, const std::string& directory, const Limits
     CHECK(m.sums.read_losses(1) / double(reference.batch.valid_targets) == Approx(loss).epsilon(1e-6));
 }
 
-ProjectionPass merging(int64_t step) {
-    ProjectionPass pass;
-    pass.active = true, pass.step = step;
+BackwardPass merging(int64_t step) {
+    BackwardPass pass;
+    pass.merges = true, pass.step = step;
     return pass;
 }
 
@@ -196,8 +196,8 @@ void check_accumulation(Device& device, const std::string& directory, double lim
         SmallModel a(device, whole, source), b(device, parts, source);
         bool loqt = whole.method.name == "loqt";
         for (int round = 0; round < (loqt ? 2 : 1); ++round) {  // loqt: first the projections of the summed gradient, then dB
-            ProjectionPass pass;
-            pass.active = loqt && round == 0;
+            BackwardPass pass;
+            pass.merges = loqt && round == 0;
             double loss_a = a.pass(reference.batch, pass), loss_b = 0;
             b.model.zero_gradients();
             pass.whole_batch = true;
@@ -214,7 +214,7 @@ void check_accumulation(Device& device, const std::string& directory, double lim
                 // After the merge a code of P or W may differ where a gradient differed in its last bit; a lost micro-batch would be far above 3 %.
                 CHECK(relative_error(gb, ga) < (round ? 0.03 : limit));
             }
-            if (pass.active) a.model.merge(0, &source), b.model.merge(0, &source);
+            if (pass.merges) a.model.merge(0, &source), b.model.merge(0, &source);
         }
     }
 }

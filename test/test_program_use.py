@@ -41,6 +41,7 @@ class MistakeTest(ProgramTest):
             (("--memory_budget", "lots"), "lots", "GiB"),
             (("--run.device", "tpu"), "tpu", "cuda"),
             (("stray",), "stray"),
+            (("--json",), "--json", "--plan"),
             (("--data.train", ""), "train", "shards"),
             (("--data.train", "nowhere"), "nowhere"),
             (("--data.val", "nowhere/*.bin"), "val", "nowhere/*.bin"),
@@ -243,7 +244,25 @@ class MetricsTest(ProgramTest):
                     self.assertRegex(result.stdout, r"total +\d+\.\d+ GiB")
                     self.assertIn("device kind " + device, result.stdout)
                     self.assertEqual(result.stderr, "")
+                    result = self.succeed("--config", preset[:-5], "--device", device, "--plan", "--json", *budget, *micro_batch)
+                    plan = json.loads(result.stdout)
+                    self.assertEqual(sum(line["bytes"] for line in plan["lines"]), plan["total"])
+                    self.assertLessEqual(plan["total"], plan["budget"] or plan["total"])
+                    self.assertEqual((plan["run_dir"], plan["device"], plan["method"]), ("runs/" + preset[:-5], device, "loqt"))
+                    self.assertEqual(plan["tokens_per_micro_batch"], plan["choices"]["train.micro_batch"]["value"] * plan["seq_len"])
+                    self.assertEqual(plan["choices"]["train.micro_batch"]["auto"], not micro_batch)
+                    self.assertIn(plan["choices"]["train.recompute"]["value"], ("none", "light", "block"))
+                    with open(os.path.join(ROOT, "docs", "formats.md")) as f:
+                        documented = f.read().split("## The plan as JSON")[1].split("\n## ")[0]
+                    for name in (*plan, *plan["choices"], *plan["model"], *(f'"{line["name"]}"' for line in plan["lines"])):
+                        self.assertIn(name, documented)
         self.assertFalse(os.path.exists(path("runs")))
+
+    def test_plan_that_does_not_fit(self):
+        arguments = ("--config", "13b", "--device", "cuda", "--memory_budget", "14GiB", "--plan")
+        line = self.mistake((*arguments, "--json"), "does not fit", "14.00 GiB allowed", "it fits with --")
+        advice = line.split("it fits with ")[1].split()
+        self.assertIn("of 14.00 GiB allowed", self.succeed(*arguments, *advice).stdout)
 
 
 class UseTest(ProgramTest):

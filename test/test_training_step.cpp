@@ -13,10 +13,10 @@ TEST_CASE("gradients over micro-batches are those of the whole batch", "[trainin
     WeightSource source = huggingface_weights(whole_config, kDirectory);
     SmallModel whole(*device, whole_config, source), parts(*device, parts_config, source);
 
-    StepGradients once = accumulate_gradients(*device, whole.model, whole.sums, {reference.batch}, projection_pass(whole_config, 0, false));
+    StepGradients once = accumulate_gradients(*device, whole.model, whole_config, whole.sums, {reference.batch}, StepPlan{});
     std::vector<Batch> rows;
     for (int64_t r = 0; r < 3; ++r) rows.push_back(reference.row(r, whole_config.model.vocab));
-    StepGradients summed = accumulate_gradients(*device, parts.model, parts.sums, rows, projection_pass(parts_config, 0, false));
+    StepGradients summed = accumulate_gradients(*device, parts.model, parts_config, parts.sums, rows, StepPlan{});
     CHECK(once.loss == Approx(reference.loss).epsilon(1e-5));
     CHECK(summed.loss == Approx(reference.loss).epsilon(1e-5));
     double squares = 0;
@@ -37,8 +37,10 @@ TEST_CASE("a clipped step is the step of gradients scaled down", "[training_step
         c.optimizer.clip = clip, c.optimizer.moments = "fp32";
         ReferenceModel reference(kDirectory, c.model.vocab);
         SmallModel small(*device, c, huggingface_weights(c, kDirectory));
-        StepGradients gradients = accumulate_gradients(*device, small.model, small.sums, {reference.batch}, projection_pass(c, 0, false));
-        apply_gradients(*device, small.model, c, 0, 1e-3, gradients.norm);
+        StepPlan plan;
+        plan.lr = 1e-3;
+        StepGradients gradients = accumulate_gradients(*device, small.model, c, small.sums, {reference.batch}, plan);
+        apply_gradients(*device, small.model, c, plan, gradients.norm);
         return std::pair<double, std::vector<float>>{gradients.norm, small.read(small.parameter("lm_head.weight").moments.m)};
     };
     auto [norm, free] = first_moment(0);
@@ -47,17 +49,4 @@ TEST_CASE("a clipped step is the step of gradients scaled down", "[training_step
     std::vector<float> clipped = first_moment(0.25 * norm).second, expected = free;
     for (float& x : expected) x *= 0.25f;
     CHECK(relative_error(clipped, expected) < 1e-5);
-}
-
-TEST_CASE("a projection pass follows the configuration", "[training_step]") {
-    Config c = fixture_config(kDirectory, "loqt", 1);
-    c.method.projection_gradient = "full";
-    CHECK(projection_pass(c, 7, true).whole_batch);
-    CHECK(projection_pass(c, 7, true).active);
-    CHECK(projection_pass(c, 7, true).step == 7);
-    CHECK_FALSE(projection_pass(c, 7, false).active);
-    c.method.projection_gradient = "last";
-    CHECK_FALSE(projection_pass(c, 7, true).whole_batch);
-    c.method.projection_gradient = "full", c.train.micro_batch = 3;  // one micro-batch is the whole batch already
-    CHECK_FALSE(projection_pass(c, 7, true).whole_batch);
 }

@@ -93,8 +93,10 @@ const MergeCase kSmall{300, 96, 24, kScratch, {{"a", 160}, {"b", 96}, {"c", 64},
 // Products large enough for a GPU to choose their algorithm by timing, which forks do not do.
 const MergeCase kLarge{2048, 1024, 256, int64_t(512) << 20, {{"a", 2736}, {"b", 1024}, {"c", 512}}};
 
-Merged merge_twice(Device& device, const MergeCase& shape, const std::string& projection, int worker_count) {
+// inside: each matrix is merged inside the backward pass, else all of them after it.
+Merged merge_twice(Device& device, const MergeCase& shape, const std::string& projection, int worker_count, bool inside) {
     Config c;
+    c.optimizer.clip = inside ? 0 : 1;
     c.method.rank = shape.rank, c.method.projection = projection, c.method.compensation_rounds = 2, c.method.moments_at_merge = "project";
     c.train.micro_batch = c.train.batch = 1;
     const int64_t T = shape.T, in = shape.in;
@@ -112,12 +114,13 @@ Merged merge_twice(Device& device, const MergeCase& shape, const std::string& pr
         dy(device, device.activation_dtype(), T, group.out_padded(), random_normal(rng, T * group.out_padded()));
     Merged merged;
     for (int64_t step : {0, 10}) {
-        ProjectionPass pass;
-        pass.active = true, pass.step = step;
+        BackwardPass pass;
+        pass.merges = true, pass.step = step, pass.source = step ? nullptr : &source;
+        if (inside) pass.update = [](Parameter&) {};
         group.parameter_gradients(device, dy, x, pass);
         if (workers) workers->finish();
         MergeStatistics statistics;
-        group.start_reinitialization(device, step, step ? nullptr : &source);
+        group.start_reinitialization(device, step, pass.source);
         if (workers) workers->finish();
         group.finish_reinitialization(statistics);
         CHECK(statistics.failed == 0);
@@ -133,10 +136,10 @@ Merged merge_twice(Device& device, const MergeCase& shape, const std::string& pr
 
 void check_independence(Device& device, const MergeCase& shape) {
     for (const char* projection : {"gram", "subspace"}) {
-        Merged reference = merge_twice(device, shape, projection, 0);
-        for (int count : {1, 2, 5, 5, 5}) {
-            INFO(projection << ", " << count << " workers");
-            Merged merged = merge_twice(device, shape, projection, count);
+        Merged reference = merge_twice(device, shape, projection, 0, false);
+        for (auto [count, inside] : {std::pair<int, bool>{1, false}, {2, true}, {5, false}, {5, true}, {5, true}, {0, true}}) {
+            INFO(projection << ", " << count << " workers, " << (inside ? "inside the backward pass" : "after it"));
+            Merged merged = merge_twice(device, shape, projection, count, inside);
             CHECK(merged.state == reference.state);
             CHECK(merged.energies == reference.energies);
         }
@@ -147,7 +150,7 @@ void check_independence(Device& device, const MergeCase& shape) {
 
 TEST_CASE("a forked device has its own scratch and waits when told", "[workers]") { check_fork(*test_device("cpu")); }
 TEST_CASE("workers run jobs, hand failures on and give their scratch back", "[workers]") { check_jobs(*test_device("cpu")); }
-TEST_CASE("a merge does not depend on the number of workers", "[workers]") { check_independence(*test_device("cpu"), kSmall); }
+TEST_CASE("a merge does not depend on the number of workers, nor on its place in the step", "[workers]") { check_independence(*test_device("cpu"), kSmall); }
 
 TEST_CASE("a dry device's workers count scratch and run nothing", "[workers]") {
     auto device = Device::open_dry(DeviceKind::cuda);
@@ -170,7 +173,7 @@ TEST_CASE("a dry device's workers count scratch and run nothing", "[workers]") {
 
 TEST_CASE("a forked device on the GPU", "[workers][gpu]") { check_fork(*test_device("cuda")); }
 TEST_CASE("workers on the GPU", "[workers][gpu]") { check_jobs(*test_device("cuda")); }
-TEST_CASE("a merge on the GPU does not depend on the number of workers", "[workers][gpu]") {
+TEST_CASE("a merge on the GPU does not depend on the number of workers, nor on its place in the step", "[workers][gpu]") {
     check_independence(*test_device("cuda"), kSmall);
     check_independence(*test_device("cuda", int64_t(1) << 30), kLarge);
 }

@@ -123,6 +123,7 @@ struct Blocks {
     Blocks(Device& device, const Shape& s, int blocks, const char* projection) {
         config.method.rank = s.r, config.method.compensation_rounds = s.rounds, config.method.projection = projection;
         config.train.micro_batch = config.train.batch = 1;
+        config.optimizer.clip = 1;  // merges apart from the backward pass
         for (int i = 0; i < blocks; ++i) {
             std::string name = std::to_string(i);
             add(s.h, {{name + "q", s.h}, {name + "k", s.h}, {name + "v", s.h}});
@@ -168,7 +169,7 @@ bool whole_blocks(Device& device, const Shape& s, const char* projection, int bl
         if (count) workers = std::make_unique<Workers>(device, count, int64_t(1) << 30);
         double projection_ms[2], reinitialize_ms[2], backward_ms = 0, quant_error = 0, energy = 0;
         for (int merge = 0; merge < 2; ++merge) {
-            ProjectionPass pass;
+            BackwardPass pass;
             auto backward = [&] {
                 device.synchronize();
                 double begin = wall_seconds();
@@ -184,7 +185,7 @@ bool whole_blocks(Device& device, const Shape& s, const char* projection, int bl
             };
             backward();
             backward_ms = backward();
-            pass.active = true, pass.step = merge;
+            pass.merges = true, pass.step = merge;
             projection_ms[merge] = backward() - backward_ms;
             MergeStatistics statistics;
             double begin = wall_seconds();
@@ -210,8 +211,8 @@ bool whole_blocks(Device& device, const Shape& s, const char* projection, int bl
         same = same && state == reference;
         std::fflush(stdout);
         if (count == 0) {
-            ProjectionPass pass;
-            pass.active = true, pass.step = 2;
+            BackwardPass pass;
+            pass.merges = true, pass.step = 2;
             Profiler profiler(device);
             for (auto& group : model.groups) group->parameter_gradients(device, dy.col_slice(0, group->out_padded()), x.col_slice(0, group->in_padded()), pass);
             MergeStatistics statistics;
