@@ -51,8 +51,8 @@ CASES = {
     "7b-block-8192": ("7b", "24GiB", LARGE + "--train.batch 64 --train.micro_batch 32 --train.recompute block"),
     "7b-seq2048": ("7b", "24GiB", LARGE + "--train.seq_len 2048 --train.batch 2 --train.micro_batch 1"),
     "7b-seq4096": ("7b", "24GiB", LARGE + "--train.seq_len 4096 --train.batch 2 --train.micro_batch 1"),
-    "13b-per-layer": ("13b", "20.5GiB", LARGE + "--train.batch 1 --train.micro_batch 1 --train.updates per_layer --optimizer.embedding_moments bf16"),
-    "13b-ordinary": ("13b", "23.5GiB", LARGE + "--train.batch 4 --train.micro_batch 1 --train.recompute block --train.gradients int8 --optimizer.embedding_moments bf16"),
+    "13b-per-layer": ("13b", "20.5GiB", LARGE + "--train.batch 1 --train.micro_batch 1 --train.updates per_layer"),
+    "13b-ordinary": ("13b", "23.5GiB", LARGE + "--train.batch 4 --train.micro_batch 1 --train.recompute block"),
     "13b-40GiB": ("13b", "40GiB", LARGE + "--train.batch 64"),
     "tiny": ("tiny", "", "--optimizer.lr 0.01 --train.batch 8 --train.micro_batch 4 --train.seq_len 64"),
 }

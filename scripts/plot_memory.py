@@ -4,8 +4,8 @@
     python3 scripts/plot_memory.py -o docs/memory.png                              planned bars for 1b, 7b and 13b
     python3 scripts/plot_memory.py --measured build/memory.json -o docs/memory.png and the runs of bench/memory.py: their plan, and a mark at the measured peak
 
-Planned bars: one sequence of 256 tokens, bf16 gradients of all trained weights (per layer: of the largest layer alone), norms and SwiGLU computed again, no kept
-effective weights, no merge workers (a run adds these where there is room). Needs matplotlib and a built ./train_loqt, no GPU.
+Planned bars: one sequence of 256 tokens, bf16 gradients of all trained weights (per layer: the largest one alone), moments of embedding and LM head in bf16, norms and SwiGLU
+computed again, no kept effective weights, no merge workers (a run adds these where there is room). Needs matplotlib and a built ./train_loqt, no GPU.
 """
 import argparse
 import json
@@ -16,7 +16,7 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GIB = 2**30
 CARD = 24  # GiB
-COMMON = "--run.device cuda --train.seq_len 256 --train.batch 1 --train.micro_batch 1 --train.gradients bf16 --train.recompute light"
+COMMON = "--run.device cuda --train.seq_len 256 --train.batch 1 --train.micro_batch 1 --train.gradients bf16 --optimizer.embedding_moments bf16 --train.recompute light"
 LOQT = "--method.name loqt --method.projection_gradient last --train.effective_weights factored"
 METHODS = {
     "full, bf16 Adam": "--method.name full --optimizer.moments bf16",
@@ -38,24 +38,35 @@ COMPONENTS = {
 SCRATCH = "merges, scratch"
 
 
-def components(lines, without=()):
+def components(lines):
     """{component: bytes} of the lines of a plan."""
     sums = dict.fromkeys(COMPONENTS, 0)
     for entry in lines:
-        if entry["name"] not in without:
-            sums[next((c for c, (_, names) in COMPONENTS.items() if entry["name"] in names), SCRATCH)] += entry["bytes"]
+        sums[next((c for c, (_, names) in COMPONENTS.items() if entry["name"] in names), SCRATCH)] += entry["bytes"]
     return sums
+
+
+def read_plan(command):
+    """The plan of a command, without merge workers. Raises ValueError with the program's message."""
+    result = subprocess.run([*command, "--plan", "--json"], capture_output=True, text=True)
+    if result.returncode:
+        raise ValueError(result.stderr.strip())
+    plan = json.loads(result.stdout)
+    workers, count = sum(entry["bytes"] for entry in plan["lines"] if entry["name"] == "merge workers"), plan["choices"]["merge_workers"]["value"]
+    if not workers or "--run.memory_budget" in command:
+        return plan
+    # Two workers are the fewest. Room for one is room for what they would take off the main thread's scratch, but not for two.
+    return read_plan([*command, "--run.memory_budget", f"{(plan['total'] - (count - 1) * workers // count) / GIB:.6f}GiB"])
 
 
 def planned_bars(binary, size):
     """[(label, {component: bytes}, None)] of every method; one that cannot be planned is left out with a word on stderr."""
     bars = []
     for label, options in METHODS.items():
-        result = subprocess.run([binary, "--config", size, *COMMON.split(), *options.split(), "--plan", "--json"], capture_output=True, text=True)
-        if result.returncode:
-            print(f"plot_memory.py: {size}, {label}: {result.stderr.strip()}", file=sys.stderr)
-        else:
-            bars.append((label, components(json.loads(result.stdout)["lines"], without=["merge workers"]), None))
+        try:
+            bars.append((label, components(read_plan([binary, "--config", size, *COMMON.split(), *options.split()])["lines"]), None))
+        except ValueError as error:
+            print(f"plot_memory.py: {size}, {label}: {error}", file=sys.stderr)
     return bars
 
 

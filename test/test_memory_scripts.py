@@ -315,9 +315,9 @@ class Cases(unittest.TestCase):
 
 class Plot(unittest.TestCase):
     def test_components(self):
-        parts = plot_memory.components(PLAN["lines"], without=["merge workers"])
-        self.assertEqual(parts, {"weights": 3 * GIB, "gradients": GIB, "optimizer moments": 0, "activations": 0, "merges, scratch": GIB // 2, "CUDA context, libraries": GIB // 2})
-        self.assertEqual(sum(plot_memory.components(PLAN["lines"]).values()), PLAN["total"])
+        parts = plot_memory.components(PLAN["lines"])
+        self.assertEqual(parts, {"weights": 3 * GIB, "gradients": GIB, "optimizer moments": 0, "activations": 0, "merges, scratch": 3 * GIB // 2, "CUDA context, libraries": GIB // 2})
+        self.assertEqual(sum(parts.values()), PLAN["total"])
 
     def write(self, folder, name, *found):
         path = os.path.join(folder, name)
@@ -352,6 +352,9 @@ class Plot(unittest.TestCase):
     @unittest.skipUnless(matplotlib and os.path.exists(PROGRAM), "no matplotlib or no ./train_loqt")
     def test_planned(self):
         """The program plans every bar, and the methods stand in the order that they should."""
+        for method in plot_memory.METHODS.values():
+            plan = plot_memory.read_plan([PROGRAM, "--config", "7b", *plot_memory.COMMON.split(), *method.split()])
+            self.assertEqual(plan["choices"]["merge_workers"]["value"], 0)
         bars = dict((label, sum(parts.values())) for label, parts, _ in plot_memory.planned_bars(PROGRAM, "1b"))
         self.assertEqual(list(bars), list(plot_memory.METHODS))
         self.assertGreater(bars["full, bf16 Adam"], 2 * bars["loqt, bf16 Adam"])
