@@ -3,11 +3,11 @@
 
 #include <algorithm>
 #include <limits>
-#include <nlohmann/json.hpp>
 #include <optional>
 
 #include "flops.h"
 #include "llama.h"
+#include "plan_options.h"
 #include "runtime/workers.h"
 #include "training_step.h"
 
@@ -17,19 +17,8 @@ namespace {
 // (60M by every method, 1B by loqt) lay 696 to 706 MiB above everything else in their plans.
 constexpr int64_t kContextBytes = int64_t(700) << 20;
 constexpr int64_t kWorkspaceBytes = int64_t(64) << 20;
-// Larger micro-batches than this gain nothing: GPUs are saturated, CPU caches overflow.
-constexpr int64_t kMostTokensCuda = 131072, kMostTokensCpu = 2048;
 // Matrices whose factorizations are under way at once. More gain little: factors of a large matrix fill a GPU two or three at a time.
 constexpr int kMergeWorkers = 4;
-
-double gib(int64_t bytes) { return double(bytes) / double(int64_t(1) << 30); }
-std::string amount(int64_t bytes) { return gib(bytes) < 1 ? format("%.2f MiB", 1024 * gib(bytes)) : format("%.2f GiB", gib(bytes)); }
-
-// Adam's moments of embedding and LM head, auto resolved (parameter.cpp).
-std::string embedding_moments(const Config& config) {
-    const OptimizerConfig& o = config.optimizer;
-    return o.embedding_moments != "auto" ? o.embedding_moments : o.moments == "int8" ? "fp32" : o.moments;
-}
 
 }  // namespace
 
@@ -78,28 +67,6 @@ MemoryPlan plan_memory(const Config& config, DeviceKind kind, int workers) {
 }
 
 namespace {
-
-// The sizes that micro-batches can have, largest first.
-std::vector<int64_t> micro_batch_sizes(const Config& config, DeviceKind kind) {
-    if (config.train.micro_batch) return {config.train.micro_batch};
-    int64_t most_tokens = kind == DeviceKind::cuda ? kMostTokensCuda : kMostTokensCpu;
-    std::vector<int64_t> sizes;
-    for (int64_t m = config.train.batch; m >= 1; --m)
-        if (config.train.batch % m == 0 && (m * config.train.seq_len <= most_tokens || m == 1)) sizes.push_back(m);
-    return sizes;
-}
-
-std::vector<std::string> recomputations(const Config& config, DeviceKind kind) {
-    if (config.train.recompute != "auto") return {config.train.recompute};
-    if (kind == DeviceKind::cpu) return {"light", "block"};  // what is kept only pushes more out of the caches
-    return {"light", "none", "block"};
-}
-
-std::vector<std::string> effective_weights(const Config& config) {
-    if (config.train.effective_weights != "auto") return {config.train.effective_weights};
-    if (!config.low_rank()) return {"rebuilt"};
-    return {"cached", "rebuilt", "factored"};
-}
 
 // How many threads may share the work of merges, most first. A CPU has no idle cores to give them.
 std::vector<int> worker_counts(const Config& config, DeviceKind kind) {
@@ -155,99 +122,6 @@ std::vector<PlannedChoice> choices_of(const Config& asked, const Config& config,
     return all;
 }
 
-// Settings changed together, as on the command line.
-using Change = std::vector<Override>;
-
-std::string option_text(const std::vector<Change>& changes) {
-    std::string text;
-    for (const Change& change : changes)
-        for (const Override& o : change) text += " --" + short_name(o.key) + " " + o.value;
-    return text;
-}
-
-Config with(Config config, const std::vector<Change>& changes) {
-    for (const Change& change : changes)
-        for (const Override& o : change) apply_override(config, o);
-    validate_config(config);
-    return config;
-}
-
-// Whether choose_plan would find something: tries the least that auto allows.
-bool can_fit(Config config, DeviceKind kind, int64_t budget) {
-    std::vector<int64_t> sizes = micro_batch_sizes(config, kind);
-    std::vector<std::string> weights = effective_weights(config);
-    if (weights.size() > 1) weights.erase(weights.begin());  // kept ones never take less
-    if (sizes.size() > 1) sizes = {sizes.back(), sizes.front()};
-    config.train.recompute = recomputations(config, kind).back();
-    for (int64_t size : sizes)
-        for (const std::string& way : weights) {
-            config.train.micro_batch = size, config.train.effective_weights = way;
-            if (plan_memory(config, kind).total <= budget) return true;
-        }
-    return false;
-}
-
-// What saves memory, the least harmful first. Later changes of a key take the place of earlier ones.
-std::vector<Change> memory_savers(const Config& config, DeviceKind kind) {
-    std::vector<Change> changes;
-    auto offer = [&](bool applies, const Change& change) {
-        if (applies) changes.push_back(change);
-    };
-    bool low_rank = config.low_rank(), cuda = kind == DeviceKind::cuda, per_layer = config.train.updates == "per_layer";
-    const std::string embedding = embedding_moments(config);
-    offer(config.train.micro_batch > 1 && !per_layer, {{"train.micro_batch", "auto"}});
-    offer(config.train.recompute != "auto" && config.train.recompute != "block", {{"train.recompute", "auto"}});
-    offer(low_rank && config.train.effective_weights != "auto", {{"train.effective_weights", "auto"}});
-    offer(low_rank && config.method.projection_gradient == "full", {{"method.projection_gradient", "last"}});
-    offer(cuda && config.train.gradients == "fp32", {{"train.gradients", "bf16"}});
-    offer(config.optimizer.moments != "int8", {{"optimizer.moments", "int8"}});
-    offer(cuda && low_rank && config.train.gradients != "int8" && !per_layer, {{"train.gradients", "int8"}});
-    offer(embedding == "fp32", {{"optimizer.embedding_moments", "bf16"}});
-    offer(embedding != "int8", {{"optimizer.embedding_moments", "int8"}});
-    for (int64_t batch = config.train.batch; !per_layer && batch >= 1; batch /= 2) {
-        Change change{{"train.updates", "per_layer"}, {"train.batch", std::to_string(batch)}};
-        if (config.train.micro_batch) change.insert(change.begin(), {"train.micro_batch", "auto"});
-        if (config.optimizer.clip > 0) change.push_back({"optimizer.clip", "0"});
-        changes.push_back(change);
-    }
-    for (int64_t batch = config.train.batch / 2; per_layer && batch >= 1; batch /= 2)
-        changes.push_back({{"train.micro_batch", "auto"}, {"train.batch", std::to_string(batch)}});
-    for (int64_t rank = config.method.rank / 2; low_rank && rank >= 16; rank /= 2) offer(true, {{"method.rank", std::to_string(rank)}});
-    for (int64_t length = config.train.seq_len / 2; length >= 64; length /= 2) offer(true, {{"train.seq_len", std::to_string(length)}});
-    return changes;
-}
-
-// The changes with the i-th left out, or the mildest of its kind in its place, if that fits too: beside those after it, it may be more than is needed.
-template <class Fits> std::vector<Change> milder(const std::vector<Change>& changes, size_t i, const std::vector<Change>& savers, Fits&& fits) {
-    std::vector<Change> fewer = changes;
-    fewer.erase(fewer.begin() + int64_t(i));
-    if (fits(fewer)) return fewer;
-    for (const Change& saver : savers) {
-        if (saver.front().key != changes[i].front().key) continue;
-        std::vector<Change> other = changes;
-        other[i] = saver;
-        if (fits(other)) return other;
-    }
-    return changes;
-}
-
-// One change that is enough, else the shortest list of them in the order of harm.
-std::string what_would_fit(const Config& config, DeviceKind kind, int64_t budget) {
-    auto fits = [&](const std::vector<Change>& changes) { return can_fit(with(config, changes), kind, budget); };
-    std::vector<Change> savers = memory_savers(config, kind), applied;
-    for (const Change& change : savers)
-        if (fits({change})) return "it fits with" + option_text({change});
-    for (const Change& change : savers) {
-        auto alike = [&](const Change& other) { return other.front().key == change.front().key; };
-        applied.erase(std::remove_if(applied.begin(), applied.end(), alike), applied.end());
-        applied.push_back(change);
-        if (!fits(applied)) continue;
-        for (size_t i = applied.size(); i-- > 0;) applied = milder(applied, i, savers, fits);
-        return "it fits with" + option_text(applied);
-    }
-    return "no setting of rank, sequence length, updates, moments or gradients makes it fit; choose a smaller model";
-}
-
 }  // namespace
 
 MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget) {
@@ -278,49 +152,4 @@ int64_t memory_budget(const Config& config, const Device* device) {
     if (!device) return 0;
     // What is free now, with a margin for what libraries allocate later, and what the open device has taken already: the plan counts it.
     return int64_t(0.95 * double(device->free_bytes())) + library_bytes(device->kind());
-}
-
-namespace {
-
-int64_t weights_of(const MemoryPlan& plan) { return plan.bytes("frozen weights") + plan.bytes("trained weights"); }
-int64_t moments_of(const MemoryPlan& plan) { return plan.bytes("optimizer moments"); }
-int64_t tokens_of(const Config& config) { return config.train.micro_batch * config.train.seq_len; }
-double activations_of(const Config& config, const MemoryPlan& plan) { return double(plan.bytes("activations")) / double(tokens_of(config)); }
-
-}  // namespace
-
-std::string describe_plan(const Config& config, const MemoryPlan& plan, DeviceKind kind, int64_t budget) {
-    std::string text = format("%s, %.2f M parameters, method %s", config.run.dir.c_str(), double(parameter_count(config)) / 1e6, config.method.name.c_str());
-    if (config.low_rank()) text += format(", rank %lld", (long long)config.method.rank);
-    text += format("\ndevice kind %s, sequence %lld, batch %lld sequences = %lld micro-batches of %lld (%lld tokens)\n\n", kind == DeviceKind::cuda ? "cuda" : "cpu",
-                   (long long)config.train.seq_len, (long long)config.train.batch, (long long)config.micro_batches(), (long long)config.train.micro_batch,
-                   (long long)tokens_of(config));
-    for (auto& [name, bytes] : plan.lines) text += format("  %-40s %10.4f GiB\n", name.c_str(), gib(bytes));
-    text += format("  %-40s %10.4f GiB", "total", gib(plan.total));
-    if (budget) text += format("   of %s allowed", amount(budget).c_str());
-    text += format("\n\n  weights + optimizer %.4f GiB: weights %.4f, moments %.4f; gradients %.4f\n  activations %s a token\n\n", gib(weights_of(plan) + moments_of(plan)),
-                   gib(weights_of(plan)), gib(moments_of(plan)), gib(plan.bytes("gradients")), amount(int64_t(activations_of(config, plan))).c_str());
-    for (const PlannedChoice& choice : plan.choices)
-        text += format("  %-30s %10s%s\n", choice.key.c_str(), choice.value.c_str(), choice.automatic ? "   (auto)" : "");
-    return text;
-}
-
-std::string plan_to_json(const Config& config, const MemoryPlan& plan, DeviceKind kind, int64_t budget) {
-    using json = nlohmann::ordered_json;
-    const ModelConfig& m = config.model;
-    json lines = json::array(), choices = json::object();
-    for (auto& [name, bytes] : plan.lines) lines.push_back({{"name", name}, {"bytes", bytes}});
-    for (const PlannedChoice& choice : plan.choices) {
-        bool number = choice.value.find_first_not_of("0123456789") == std::string::npos;
-        choices[choice.key] = {{"value", number ? json(std::stoll(choice.value)) : json(choice.value)}, {"auto", choice.automatic}};
-    }
-    json plan_json = {{"run_dir", config.run.dir}, {"device", kind == DeviceKind::cuda ? "cuda" : "cpu"}, {"method", config.method.name},
-                      {"rank", config.low_rank() ? json(config.method.rank) : json()}, {"parameters", parameter_count(config)},
-                      {"model", {{"hidden", m.hidden}, {"intermediate", m.intermediate}, {"heads", m.heads}, {"kv_heads", config.kv_heads()}, {"layers", m.layers}, {"vocab", m.vocab}}},
-                      {"seq_len", config.train.seq_len}, {"batch", config.train.batch}, {"micro_batches", config.micro_batches()}, {"tokens_per_micro_batch", tokens_of(config)},
-                      {"lines", lines}, {"total", plan.total}, {"budget", budget ? json(budget) : json()},
-                      {"weights_bytes", weights_of(plan)}, {"moments_bytes", moments_of(plan)}, {"gradients_bytes", plan.bytes("gradients")},
-                      {"weights_and_optimizer_bytes", weights_of(plan) + moments_of(plan)}, {"activation_bytes_per_token", activations_of(config, plan)},
-                      {"choices", choices}};
-    return plan_json.dump(2) + "\n";
 }

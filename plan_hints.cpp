@@ -1,0 +1,142 @@
+// What the plan may choose from, and what it advises where nothing of that fits. See plan_options.h.
+#include <algorithm>
+
+#include "plan_options.h"
+
+namespace {
+
+// Larger micro-batches than this gain nothing: GPUs are saturated, CPU caches overflow.
+constexpr int64_t kMostTokensCuda = 131072, kMostTokensCpu = 2048;
+
+}  // namespace
+
+std::vector<int64_t> micro_batch_sizes(const Config& config, DeviceKind kind) {
+    if (config.train.micro_batch) return {config.train.micro_batch};
+    int64_t most_tokens = kind == DeviceKind::cuda ? kMostTokensCuda : kMostTokensCpu;
+    std::vector<int64_t> sizes;
+    for (int64_t m = config.train.batch; m >= 1; --m)
+        if (config.train.batch % m == 0 && (m * config.train.seq_len <= most_tokens || m == 1)) sizes.push_back(m);
+    return sizes;
+}
+
+std::vector<std::string> recomputations(const Config& config, DeviceKind kind) {
+    if (config.train.recompute != "auto") return {config.train.recompute};
+    if (kind == DeviceKind::cpu) return {"light", "block"};  // what is kept only pushes more out of the caches
+    return {"light", "none", "block"};
+}
+
+std::vector<std::string> effective_weights(const Config& config) {
+    if (config.train.effective_weights != "auto") return {config.train.effective_weights};
+    if (!config.low_rank()) return {"rebuilt"};
+    return {"cached", "rebuilt", "factored"};
+}
+
+std::string embedding_moments(const Config& config) {
+    const OptimizerConfig& o = config.optimizer;
+    return o.embedding_moments != "auto" ? o.embedding_moments : o.moments == "int8" ? "fp32" : o.moments;
+}
+
+namespace {
+
+// Settings changed together, as on the command line.
+using Change = std::vector<Override>;
+
+std::string option_text(const std::vector<Change>& changes) {
+    std::string text;
+    for (const Change& change : changes)
+        for (const Override& o : change) text += " --" + short_name(o.key) + " " + o.value;
+    return text;
+}
+
+Config with(Config config, const std::vector<Change>& changes) {
+    for (const Change& change : changes)
+        for (const Override& o : change) apply_override(config, o);
+    validate_config(config);
+    return config;
+}
+
+// Whether choose_plan would find something: tries the least that auto allows.
+bool can_fit(Config config, DeviceKind kind, int64_t budget) {
+    std::vector<int64_t> sizes = micro_batch_sizes(config, kind);
+    std::vector<std::string> weights = effective_weights(config);
+    if (weights.size() > 1) weights.erase(weights.begin());  // kept ones never take less
+    if (sizes.size() > 1) sizes = {sizes.back(), sizes.front()};
+    config.train.recompute = recomputations(config, kind).back();
+    for (int64_t size : sizes)
+        for (const std::string& way : weights) {
+            config.train.micro_batch = size, config.train.effective_weights = way;
+            if (plan_memory(config, kind).total <= budget) return true;
+        }
+    return false;
+}
+
+// What saves memory, the least harmful first. Later changes of a key take the place of earlier ones.
+std::vector<Change> memory_savers(const Config& config, DeviceKind kind) {
+    std::vector<Change> changes;
+    auto offer = [&](bool applies, const Change& change) {
+        if (applies) changes.push_back(change);
+    };
+    bool low_rank = config.low_rank(), cuda = kind == DeviceKind::cuda, per_layer = config.train.updates == "per_layer";
+    const std::string embedding = embedding_moments(config);
+    offer(config.train.micro_batch > 1 && !per_layer, {{"train.micro_batch", "auto"}});
+    offer(config.train.recompute != "auto" && config.train.recompute != "block", {{"train.recompute", "auto"}});
+    offer(low_rank && config.train.effective_weights != "auto", {{"train.effective_weights", "auto"}});
+    offer(low_rank && config.method.projection_gradient == "full", {{"method.projection_gradient", "last"}});
+    offer(cuda && config.train.gradients == "fp32", {{"train.gradients", "bf16"}});
+    offer(config.optimizer.moments != "int8", {{"optimizer.moments", "int8"}});
+    offer(cuda && low_rank && config.train.gradients != "int8" && !per_layer, {{"train.gradients", "int8"}});
+    offer(embedding == "fp32", {{"optimizer.embedding_moments", "bf16"}});
+    offer(embedding != "int8", {{"optimizer.embedding_moments", "int8"}});
+    for (int64_t batch = config.train.batch; !per_layer && batch >= 1; batch /= 2) {
+        Change change{{"train.updates", "per_layer"}, {"train.batch", std::to_string(batch)}};
+        if (config.train.micro_batch) change.insert(change.begin(), {"train.micro_batch", "auto"});
+        if (config.optimizer.clip > 0) change.push_back({"optimizer.clip", "0"});
+        changes.push_back(change);
+    }
+    for (int64_t batch = config.train.batch / 2; per_layer && batch >= 1; batch /= 2)
+        changes.push_back({{"train.micro_batch", "auto"}, {"train.batch", std::to_string(batch)}});
+    for (int64_t rank = config.method.rank / 2; low_rank && rank >= 16; rank /= 2) offer(true, {{"method.rank", std::to_string(rank)}});
+    for (int64_t length = config.train.seq_len / 2; length >= 64; length /= 2) offer(true, {{"train.seq_len", std::to_string(length)}});
+    return changes;
+}
+
+// The changes with the i-th left out, or the mildest of its kind in its place, if that fits too: beside those after it, it may be more than is needed.
+template <class Fits> std::vector<Change> milder(const std::vector<Change>& changes, size_t i, const std::vector<Change>& savers, Fits&& fits) {
+    std::vector<Change> fewer = changes;
+    fewer.erase(fewer.begin() + int64_t(i));
+    if (fits(fewer)) return fewer;
+    for (const Change& saver : savers) {
+        if (saver.front().key != changes[i].front().key) continue;
+        std::vector<Change> other = changes;
+        other[i] = saver;
+        if (fits(other)) return other;
+    }
+    return changes;
+}
+
+}  // namespace
+
+std::string what_would_fit(const Config& config, DeviceKind kind, int64_t budget) {
+    auto fits = [&](const std::vector<Change>& changes) { return can_fit(with(config, changes), kind, budget); };
+    std::vector<Change> savers = memory_savers(config, kind), applied;
+    // What only changes how numbers are kept, all of it, comes before what changes what is trained.
+    const auto first_drastic = std::find_if(savers.begin(), savers.end(), [](const Change& change) {
+        const std::string& key = change.back().key;
+        return key == "train.batch" || key == "optimizer.clip" || key == "method.rank" || key == "train.seq_len";
+    });
+    auto begin = savers.begin();
+    for (auto end : {first_drastic, savers.end()}) {
+        for (auto change = begin; change != end; ++change)
+            if (fits({*change})) return "it fits with" + option_text({*change});
+        for (auto change = begin; change != end; ++change) {
+            auto alike = [&](const Change& other) { return other.front().key == change->front().key; };
+            applied.erase(std::remove_if(applied.begin(), applied.end(), alike), applied.end());
+            applied.push_back(*change);
+            if (!fits(applied)) continue;
+            for (size_t i = applied.size(); i-- > 0;) applied = milder(applied, i, savers, fits);
+            return "it fits with" + option_text(applied);
+        }
+        begin = end;
+    }
+    return "no setting of rank, sequence length, updates, moments or gradients makes it fit; choose a smaller model";
+}
