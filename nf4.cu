@@ -22,7 +22,7 @@ constexpr float kNf4Code[16] = {
 
 namespace {
 
-constexpr int64_t kGroupsPerBlock = 1024;  // groups of 8 columns that one thread block dequantizes, and that one partial sum of squares covers
+constexpr int64_t kGroupsPerBlock = 1024;  // groups of 8 columns that one partial sum of squares covers
 constexpr int64_t kSumChunk = 4096;  // absmax values per partial sum: the order of summation is part of the format's reproducibility
 
 struct Nf4Tables {
@@ -38,23 +38,21 @@ constexpr Nf4Tables make_tables() {
 
 constexpr Nf4Tables kTables = make_tables();
 
-// The thresholds lie in different cells of width 1/16, so one comparison with the one in z's cell settles the code.
-struct Nf4Cell {
-    float threshold;  // in this cell, else nothing exceeds it
-    uint32_t code;    // of numbers in the cell up to the threshold
-};
+// The thresholds lie in different cells of width 1/16, so one comparison with the one in z's cell settles the code. Two arrays of 4-byte
+// elements, not one of pairs: in shared memory all but the last lie in different banks.
 struct Nf4Cells {
-    Nf4Cell cell[33];
+    float threshold[33];  // in the cell, else nothing exceeds it
+    uint32_t code[33];    // of numbers in the cell up to the threshold
 };
 
 constexpr Nf4Cells make_cells() {
     Nf4Cells cells{};
     for (int c = 0; c < 33; ++c) {
         const double begin = (8.0 * c - 0.5) / 128.0 - 1.0, end = begin + 1.0 / 16.0;  // see nf4_code for where a cell begins
-        cells.cell[c].threshold = FLT_MAX;
+        cells.threshold[c] = FLT_MAX;
         for (int i = 0; i < 15; ++i) {
-            if (double(kTables.threshold[i]) < begin) ++cells.cell[c].code;
-            else if (double(kTables.threshold[i]) < end) cells.cell[c].threshold = kTables.threshold[i];
+            if (double(kTables.threshold[i]) < begin) ++cells.code[c];
+            else if (double(kTables.threshold[i]) < end) cells.threshold[c] = kTables.threshold[i];
         }
     }
     return cells;
@@ -63,10 +61,10 @@ constexpr Nf4Cells make_cells() {
 constexpr Nf4Cells kCells = make_cells();
 
 // Number of thresholds below z, |z| ≤ 1 or next to it.
-HOST_DEVICE uint32_t nf4_code(const Nf4Cell* cells, float z) {
+HOST_DEVICE uint32_t nf4_code(const Nf4Cells& cells, float z) {
     // 128·z + 128, rounded, ends up in the low bits of a float near 1.5·2²³; the product is exact, fused or not. A cell is eight of those.
     const uint32_t index = bits_of_float(z * 128.0f + (12582912.0f + 128.0f)) >> 3 & 63u;
-    return cells[index].code + (z > cells[index].threshold ? 1u : 0u);
+    return cells.code[index] + (z > cells.threshold[index] ? 1u : 0u);
 }
 
 // 1/a, or 0 where that would overflow: zero and subnormal maxima count as zero.
@@ -96,7 +94,7 @@ template <class T> void quantize_blocks_cpu(const Nf4Tensor& q, Tensor w, float*
         float inverse = reciprocal_or_zero(a);
         absmax[b] = inverse > 0.0f ? a : 0.0f;
         for (int64_t k = 0; k < count; k += 2)
-            codes[(begin + k) / 2] = uint8_t(nf4_code(kCells.cell, x[k] * inverse) << 4 | nf4_code(kCells.cell, x[k + 1] * inverse));
+            codes[(begin + k) / 2] = uint8_t(nf4_code(kCells, x[k] * inverse) << 4 | nf4_code(kCells, x[k + 1] * inverse));
     }
     if (nonfinite) *nonfinite += int32_t(bad);
 }
@@ -184,57 +182,90 @@ template <class T> void residual_cpu(Tensor residual, Tensor w, const Nf4Tensor&
 
 Tensor as_row(const Tensor& t) { return Tensor{t.data, t.dtype, 1, t.numel(), t.numel()}; }
 
-constexpr int kThreads = 256, kQuantizeGroups = 2;
+constexpr int kThreads = 256, kQuantizeGroups = 2, kDequantizeGroups = 4;
 
 __device__ const Nf4Cells kDeviceCells = kCells;
 __device__ const DynamicMap kDeviceSignedMap = kSignedMap;
 __device__ const Nf4Tables kDeviceTables = kTables;
 
-// Eight consecutive elements at a time, so 8 lanes share a block of 64 and 8 codes are one 32-bit store. All loads come first.
-template <class T>
-__global__ void __launch_bounds__(kThreads) quantize_kernel(uint8_t* codes, float* absmax, FlatMatrix<const T> w, int32_t* nonfinite) {
-    __shared__ Nf4Cell cells[33];
-    if (threadIdx.x < 33) cells[threadIdx.x] = kDeviceCells.cell[threadIdx.x];
+// A matrix as groups of up to `width` consecutive columns of one row, in one sequence.
+struct GroupGrid {
+    int64_t cols, ld;
+    int width, last;  // columns of a group, of the last one of a row
+    uint32_t count;   // groups
+    Divisor per_row;
+
+    GroupGrid(const Tensor& t, int columns)
+        : cols(t.cols), ld(t.ld), width(columns), last(int((t.cols - 1) % columns) + 1), count(uint32_t(t.rows * ceil_div(t.cols, columns))), per_row(ceil_div(t.cols, columns)) {
+        CHECK_INTERNAL(t.rows * ceil_div(t.cols, columns) <= (int64_t(1) << 32) - kGroupsPerBlock, "NF4 matrix of %lld elements", (long long)t.numel());
+    }
+    unsigned blocks(int64_t groups_per_block) const { return unsigned(ceil_div(count, groups_per_block)); }
+    // True if groups may begin anywhere within a code word and straddle two NF4 blocks.
+    bool ragged() const { return count > per_row.divisor && cols % 8 != 0; }
+    // Finds a group's row and its number there; returns its columns, 0 past the end.
+    __device__ int locate(uint32_t group, uint32_t& row, uint32_t& index) const {
+        row = per_row.divide(group), index = group - row * per_row.divisor;
+        return group >= count ? 0 : index + 1 < per_row.divisor ? width : last;
+    }
+};
+
+// Eight consecutive elements at a time, so 8 lanes share a block of 64 and 8 codes are one 32-bit store. whole: all groups are eight
+// aligned neighbours in memory and so are their codes. All loads come first and nothing waits for them before the last is on its way.
+template <class T, bool whole>
+__global__ void __launch_bounds__(kThreads) quantize_kernel(uint8_t* codes, float* absmax, FlatMatrix<const T> w, GroupGrid grid, int32_t* nonfinite) {
+    __shared__ Nf4Cells cells;
+    const uint32_t first = blockIdx.x * kThreads * kQuantizeGroups + threadIdx.x;
+    Pack8<T> in[kQuantizeGroups];
+    int count[kQuantizeGroups];
+#pragma unroll
+    for (int u = 0; u < kQuantizeGroups; ++u) {
+        const uint32_t group = first + u * kThreads;
+        uint32_t row, index;
+        count[u] = grid.locate(group, row, index);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) in[u].x[k] = T{};
+        if (whole) {
+            if (count[u]) in[u].load(w.data + row * grid.ld + int64_t(index) * 8);
+        } else if (count[u]) {
+            FlatCursor<const T> cursor(w, int64_t(group) * 8);
+#pragma unroll
+            for (int k = 0; k < 8; ++k)
+                if (k < count[u]) in[u].x[k] = *cursor, ++cursor;
+        }
+    }
+    if (threadIdx.x < 33) cells.threshold[threadIdx.x] = kDeviceCells.threshold[threadIdx.x], cells.code[threadIdx.x] = kDeviceCells.code[threadIdx.x];
     __syncthreads();
 
-    const int64_t block_begin = int64_t(blockIdx.x) * kThreads * kQuantizeGroups * 8 + threadIdx.x * 8;
-    float x[kQuantizeGroups][8];
 #pragma unroll
     for (int u = 0; u < kQuantizeGroups; ++u) {
-        const int64_t begin = block_begin + u * kThreads * 8;
-        load8(w, begin, int(min(int64_t(8), max(int64_t(0), w.numel - begin))), x[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < kQuantizeGroups; ++u) {
-        const int64_t begin = block_begin + u * kThreads * 8;
-        const int count = int(min(int64_t(8), max(int64_t(0), w.numel - begin)));
+        float x[8];
         uint32_t largest = 0;  // bits of absolute values: they are ordered as the numbers are, and what is not finite comes last
 #pragma unroll
-        for (int k = 0; k < 8; ++k) largest = max(largest, bits_of_float(x[u][k]) & 0x7fffffffu);
+        for (int k = 0; k < 8; ++k) x[k] = to_float(in[u].x[k]), largest = max(largest, bits_of_float(x[k]) & 0x7fffffffu);
         if (__any_sync(0xffffffffu, largest >= 0x7f800000u)) {
             int bad = 0;
             largest = 0;
 #pragma unroll
             for (int k = 0; k < 8; ++k) {
-                if (!is_finite(x[u][k])) x[u][k] = 0.0f, ++bad;
-                largest = max(largest, bits_of_float(x[u][k]) & 0x7fffffffu);
+                if (!is_finite(x[k])) x[k] = 0.0f, ++bad;
+                largest = max(largest, bits_of_float(x[k]) & 0x7fffffffu);
             }
             if (bad && nonfinite) atomicAdd(nonfinite, bad);
         }
 #pragma unroll
         for (int lane = 1; lane < 8; lane *= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, lane));
         const float a = float_of_bits(largest), inverse = reciprocal_or_zero(a);
-        if (count == 0) continue;
-        if (threadIdx.x % 8 == 0) absmax[begin / kNf4Block] = inverse > 0.0f ? a : 0.0f;
+        if (count[u] == 0) continue;
+        const uint32_t group = first + u * kThreads;
+        if (group % 8 == 0) absmax[group / 8] = inverse > 0.0f ? a : 0.0f;
 
         uint32_t packed = 0;
 #pragma unroll
-        for (int k = 0; k < 8; ++k) packed |= nf4_code(cells, x[u][k] * inverse) << (4 * (k ^ 1));  // even element: high nibble
-        uint8_t* out = codes + begin / 2;
-        if (count == 8 && (reinterpret_cast<uintptr_t>(out) & 3) == 0) {
-            *reinterpret_cast<uint32_t*>(out) = packed;
+        for (int k = 0; k < 8; ++k) packed |= nf4_code(cells, x[k] * inverse) << (4 * (k ^ 1));  // even element: high nibble
+        if (whole) {
+            reinterpret_cast<uint32_t*>(codes)[group] = packed;
         } else {
-            for (int i = 0; i < (count + 1) / 2; ++i) out[i] = uint8_t(packed >> (8 * i));
+            for (int i = 0; i < (count[u] + 1) / 2; ++i) codes[int64_t(group) * 4 + i] = uint8_t(packed >> (8 * i));
         }
     }
 }
@@ -289,14 +320,22 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-void quantize_cuda(CudaContext& cuda, const Nf4Tensor& q, Tensor w, float* absmax, double* partial, int32_t* nonfinite) {
-    const int64_t grid = ceil_div(q.numel(), 8 * kThreads * kQuantizeGroups), blocks = q.blocks();
+template <class T> void quantize_blocks_cuda(CudaContext& cuda, const Nf4Tensor& q, Tensor w, float* absmax, int32_t* nonfinite) {
     uint8_t* codes = q.codes.as<uint8_t>();
-    if (w.dtype == DType::bf16)
-        quantize_kernel<<<unsigned(grid), kThreads, 0, cuda.stream>>>(codes, absmax, FlatMatrix<const bf16>(w), nonfinite);
-    else
-        quantize_kernel<<<unsigned(grid), kThreads, 0, cuda.stream>>>(codes, absmax, FlatMatrix<const float>(w), nonfinite);
+    if (w.contiguous()) w = as_row(w);
+    const bool whole = w.cols % 8 == 0 && aligned_rows(w) && reinterpret_cast<uintptr_t>(codes) % 4 == 0;
+    const GroupGrid grid(whole ? w : as_row(w), 8);  // else groups of the flat sequence, wherever its rows begin
+    const FlatMatrix<const T> flat(w);
+    const unsigned blocks = grid.blocks(kThreads * kQuantizeGroups);
+    if (whole) quantize_kernel<T, true><<<blocks, kThreads, 0, cuda.stream>>>(codes, absmax, flat, grid, nonfinite);
+    else quantize_kernel<T, false><<<blocks, kThreads, 0, cuda.stream>>>(codes, absmax, flat, grid, nonfinite);
     LAUNCH_CHECK();
+}
+
+void quantize_cuda(CudaContext& cuda, const Nf4Tensor& q, Tensor w, float* absmax, double* partial, int32_t* nonfinite) {
+    const int64_t blocks = q.blocks();
+    if (w.dtype == DType::bf16) quantize_blocks_cuda<bf16>(cuda, q, w, absmax, nonfinite);
+    else quantize_blocks_cuda<float>(cuda, q, w, absmax, nonfinite);
     if (!q.nested) return;
     const int64_t chunks = ceil_div(blocks, kSumChunk);
     sum_absmax_kernel<<<unsigned(chunks), kThreads, 0, cuda.stream>>>(partial, absmax, blocks);
@@ -310,112 +349,88 @@ void quantize_cuda(CudaContext& cuda, const Nf4Tensor& q, Tensor w, float* absma
 struct Nf4Source {
     const uint8_t *codes, *codes8;
     const float *absmax, *scale2, *offset;
-    int64_t code_bytes, blocks;
-};
+    int64_t code_bytes;
+    uint32_t blocks, whole_words;  // whole_words: of 8 codes that can be read as such; not a shorter last one, none at an odd address
 
-template <bool nested> __device__ float block_scale(const Nf4Source& q, int64_t block) {
-    if (!nested) return q.absmax[block];
-    return __fadd_rn(__fmul_rn(kDeviceSignedMap.value[q.codes8[block]], q.scale2[block / kNestedBlock]), *q.offset);
-}
+    explicit Nf4Source(const Nf4Tensor& q)
+        : codes(q.codes.as<uint8_t>()), codes8(static_cast<uint8_t*>(q.codes8.data)), absmax(static_cast<float*>(q.absmax.data)),
+          scale2(static_cast<float*>(q.scale2.data)), offset(static_cast<float*>(q.offset.data)), code_bytes((q.numel() + 1) / 2), blocks(uint32_t(q.blocks())), whole_words(reinterpret_cast<uintptr_t>(codes) % 4 == 0 ? uint32_t(code_bytes / 4) : 0) {}
 
-// Work is dealt out by what is *written*: a thread handles 8 aligned columns of one row with 16-byte accesses and fetches the codes
-// from wherever in the flat sequence they are, so rows of odd length cost two code words instead of one but no narrow accesses.
-// A thread block takes kGroupsPerBlock such groups, a contiguous piece of the flat sequence, whose scales it works out once.
-constexpr int kGroupsPerThread = int(kGroupsPerBlock) / kThreads;
-constexpr int kMostScales = int(kGroupsPerBlock) * 8 / int(kNf4Block) + 2;
-
-struct GroupGrid {  // the 8-column groups of a matrix
-    int64_t cols, ld;
-    uint32_t count, per_row;
-    unsigned blocks;  // thread blocks that cover them
-
-    explicit GroupGrid(const Tensor& t) : cols(t.cols), ld(t.ld), per_row(uint32_t(ceil_div(t.cols, 8))) {
-        const int64_t groups = t.rows * per_row;
-        CHECK_INTERNAL(groups <= (int64_t(1) << 32) - kGroupsPerBlock, "NF4 matrix of %lld elements", (long long)t.numel());
-        count = uint32_t(groups), blocks = unsigned(ceil_div(groups, kGroupsPerBlock));
-    }
-    // True if groups may begin anywhere within a code word and straddle two NF4 blocks.
-    bool ragged() const { return count > per_row && cols % 8 != 0; }
-};
-
-// One thread's view of its thread block's piece. Indices are relative to `origin`, the first element of the piece's first NF4 block.
-struct Piece {
-    int64_t origin;
-    const uint8_t* codes;  // those of origin and after
-    int code_bytes;        // that there are, or more than a piece needs
-    bool aligned;
-    uint32_t group, row, group_in_row;
-
-    __device__ Piece(const GroupGrid& grid, const Nf4Source& q) {
-        const uint32_t first = blockIdx.x * uint32_t(kGroupsPerBlock), first_row = first / grid.per_row;
-        origin = (first_row * grid.cols + int64_t(first - first_row * grid.per_row) * 8) / kNf4Block * kNf4Block;
-        codes = q.codes + origin / 2;
-        code_bytes = int(min(int64_t(1) << 20, q.code_bytes - origin / 2));
-        aligned = (reinterpret_cast<uintptr_t>(q.codes) & 3) == 0;
-        group = first + threadIdx.x;
-        row = first_row, group_in_row = first - first_row * grid.per_row + threadIdx.x;
-        wrap(grid);
-    }
-    __device__ void next(const GroupGrid& grid) {
-        group += kThreads, group_in_row += kThreads;
-        wrap(grid);
-    }
-    __device__ void wrap(const GroupGrid& grid) {
-        for (; group_in_row >= grid.per_row; group_in_row -= grid.per_row) ++row;
-    }
-    __device__ uint32_t word(int index) const {  // codes 8·index … 8·index + 7, the first in the lowest nibble
+    __device__ uint32_t bytes_of_word(int64_t position) const {
         uint32_t bytes = 0;
-        if (index * 4 + 4 <= code_bytes && aligned) {
-            bytes = reinterpret_cast<const uint32_t*>(codes)[index];
-        } else {
-            for (int i = 0; i < 4; ++i)
-                if (index * 4 + i < code_bytes) bytes |= uint32_t(codes[index * 4 + i]) << (8 * i);
-        }
-        return (bytes & 0x0f0f0f0fu) << 4 | ((bytes >> 4) & 0x0f0f0f0fu);
+        for (int i = 0; i < 4; ++i)
+            if (position * 4 + i < code_bytes) bytes |= uint32_t(codes[position * 4 + i]) << (8 * i);
+        return bytes;
     }
 };
 
+// Tables for one thread block.
 struct SharedTables {
     float code_value[16];  // 16 different banks: no conflicts whatever the codes
-    float scale[kMostScales];
+    float map[256];
 
-    template <bool nested> __device__ void fill(const Piece& piece, const Nf4Source& q) {
+    template <bool nested> __device__ void fill() {
+        static_assert(kThreads == 256, "one map entry per thread");
+        if (nested) map[threadIdx.x] = kDeviceSignedMap.value[threadIdx.x];
         if (threadIdx.x < 16) code_value[threadIdx.x] = kDeviceTables.code[threadIdx.x];
-        const int64_t first = piece.origin / kNf4Block;
-        for (int i = threadIdx.x; i < kMostScales && first + i < q.blocks; i += kThreads) scale[i] = block_scale<nested>(q, first + i);
         __syncthreads();
     }
 };
 
-// The quantized form of one group.
-template <bool ragged> struct CodeGroup {
-    uint32_t codes;
-    int rel, count;  // element after the piece's origin; elements
-    int64_t row, column;
+// Dequantization deals out work by what is *written*: a thread writes the 16 bytes (or one row's last few) next to its neighbour's and
+// fetches the codes from wherever in the flat sequence they are, so rows of odd length cost two code words instead of one but no narrow
+// accesses. load() only asks memory and values() does all that waits for the answer, so that a thread that loads several groups and then
+// the tables has everything on its way at once: a small matrix takes one trip to memory, a large one keeps memory busy.
+template <int width, bool nested, bool ragged> struct CodeGroup {
+    static constexpr int parts = ragged ? 2 : 1;  // code words and NF4 blocks that a group may touch
+    uint32_t row, index;                          // index: of the group in its row
+    int count;                                    // elements; 0 past the end
+    uint64_t element;
+    uint32_t word[parts];
+    uint8_t code8[parts];
+    float scale[parts];  // absmax or the second-level scale
 
-    __device__ void load(const GroupGrid& grid, const Piece& piece) {
-        count = 0;
-        if (piece.group >= grid.count) return;
-        row = piece.row, column = int64_t(piece.group_in_row) * 8;
-        count = int(min(int64_t(8), grid.cols - column));
-        rel = int(row * grid.cols + column - piece.origin);
-        codes = piece.word(rel / 8);
-        if (ragged && rel % 8) codes = __funnelshift_r(codes, piece.word(rel / 8 + 1), rel % 8 * 4);
-    }
-    __device__ void values(const SharedTables& shared, float (&x)[8]) const {
-        const int block = rel / int(kNf4Block), straddle = int(kNf4Block) - rel % int(kNf4Block);  // elements before the next NF4 block
-        const float scale = shared.scale[block], next = ragged ? shared.scale[block + 1] : 0.0f;
+    __device__ void load(const GroupGrid& grid, const Nf4Source& q, uint32_t group) {
+        count = grid.locate(group, row, index);
+        if (count == 0) return;
+        element = ragged ? row * uint64_t(grid.cols) + uint64_t(index) * width : uint64_t(group) * width;
 #pragma unroll
-        for (int k = 0; k < 8; ++k) x[k] = __fmul_rn(shared.code_value[(codes >> (4 * k)) & 15], !ragged || k < straddle ? scale : next);
+        for (int i = 0; i < parts; ++i) {
+            const uint32_t position = uint32_t(element / 8) + i;
+            if (position < q.whole_words) word[i] = reinterpret_cast<const uint32_t*>(q.codes)[position];
+            const uint32_t block = min(uint32_t(element / kNf4Block) + i, q.blocks - 1);
+            if (nested) code8[i] = q.codes8[block];
+            scale[i] = nested ? q.scale2[block / kNestedBlock] : q.absmax[block];
+        }
     }
-    __device__ int64_t offset(int64_t ld) const { return row * ld + column; }
+    __device__ void values(const SharedTables& shared, const Nf4Source& q, float offset, float (&x)[width]) {
+#pragma unroll
+        for (int i = 0; i < parts; ++i) {
+            const uint32_t position = uint32_t(element / 8) + i;
+            if (position >= q.whole_words) word[i] = q.bytes_of_word(position);
+            word[i] = (word[i] & 0x0f0f0f0fu) << 4 | ((word[i] >> 4) & 0x0f0f0f0fu);  // the first code in the lowest nibble
+            if (nested) scale[i] = __fadd_rn(__fmul_rn(shared.map[code8[i]], scale[i]), offset);
+        }
+        const int shift = int(element % 8) * 4, straddle = int(kNf4Block - element % kNf4Block);  // straddle: elements before the next NF4 block
+        const uint32_t codes = ragged ? __funnelshift_r(word[0], word[parts - 1], shift) : width < 8 ? word[0] >> shift : word[0];
+#pragma unroll
+        for (int k = 0; k < width; ++k)
+            x[k] = __fmul_rn(shared.code_value[(codes >> (4 * k)) & 15], !ragged || k < straddle ? scale[0] : scale[parts - 1]);
+    }
+    __device__ int64_t offset(int64_t ld) const { return row * ld + int64_t(index) * width; }
 };
 
 // x of a group to or from memory, with 16-byte accesses where that is possible.
-template <class T> __device__ void store_group(T* out, const float (&x)[8], int count, bool aligned) {
-    if (count == 8 && aligned) return store_n(out, x);
+__device__ void store_whole(bf16* out, const float (&x)[8]) { store_n(out, x); }
+template <int width> __device__ void store_whole(float* out, const float (&x)[width]) {
 #pragma unroll
-    for (int k = 0; k < 8; ++k)
+    for (int k = 0; k < width; k += 4) *reinterpret_cast<float4*>(out + k) = make_float4(x[k], x[k + 1], x[k + 2], x[k + 3]);
+}
+
+template <class T, int width> __device__ void store_group(T* out, const float (&x)[width], int count, bool aligned) {
+    if (count == width && aligned) return store_whole(out, x);
+#pragma unroll
+    for (int k = 0; k < width; ++k)
         if (k < count) store(out[k], x[k]);
 }
 
@@ -425,36 +440,22 @@ __device__ void load_group(const float* in, float (&x)[8], int count, bool align
     for (int k = 0; k < 8; ++k) x[k] = k < count ? in[k] : 0.0f;
 }
 
-template <class T, bool nested, bool ragged>
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(T* w, GroupGrid grid, bool aligned, Nf4Source q) {
+// 16 bytes a thread, next to its neighbours' 16 bytes.
+template <class T, bool nested, bool ragged> __global__ void __launch_bounds__(kThreads) dequantize_kernel(T* w, GroupGrid grid, bool aligned, Nf4Source q) {
+    constexpr int width = int(16 / sizeof(T));
     __shared__ SharedTables shared;
-    Piece piece(grid, q);
-    CodeGroup<ragged> group[kGroupsPerThread];
+    CodeGroup<width, nested, ragged> group[kDequantizeGroups];
 #pragma unroll
-    for (int u = 0; u < kGroupsPerThread; ++u, piece.next(grid)) group[u].load(grid, piece);
-    shared.fill<nested>(piece, q);
+    for (int u = 0; u < kDequantizeGroups; ++u) group[u].load(grid, q, (blockIdx.x * kDequantizeGroups + u) * kThreads + threadIdx.x);
+    const float offset = nested ? *q.offset : 0.0f;
+    shared.fill<nested>();
 #pragma unroll
-    for (int u = 0; u < kGroupsPerThread; ++u) {
+    for (int u = 0; u < kDequantizeGroups; ++u) {
         if (group[u].count == 0) continue;
-        float x[8];
-        group[u].values(shared, x);
+        float x[width];
+        group[u].values(shared, q, offset, x);
         store_group(w + group[u].offset(grid.ld), x, group[u].count, aligned);
     }
-}
-
-Nf4Source source_of(const Nf4Tensor& q) {
-    Nf4Source source{};
-    source.codes = q.codes.as<uint8_t>();
-    source.blocks = q.blocks();
-    source.code_bytes = (q.numel() + 1) / 2;
-    if (q.nested) {
-        source.codes8 = q.codes8.as<uint8_t>();
-        source.scale2 = q.scale2.as<float>();
-        source.offset = q.offset.as<float>();
-    } else {
-        source.absmax = q.absmax.as<float>();
-    }
-    return source;
 }
 
 // call(nested, ragged) with the two as types.
@@ -467,9 +468,10 @@ template <class F> void with_layout(bool nested, bool ragged, F call) {
 
 template <class T> void dequantize_cuda(CudaContext& cuda, Tensor w, const Nf4Tensor& q) {
     if (w.contiguous()) w = as_row(w);
-    const GroupGrid grid(w);
+    const GroupGrid grid(w, int(16 / sizeof(T)));
     with_layout(q.nested, grid.ragged(), [&](auto nested, auto ragged) {
-        dequantize_kernel<T, nested, ragged><<<grid.blocks, kThreads, 0, cuda.stream>>>(w.as<T>(), grid, aligned_rows(w), source_of(q));
+        dequantize_kernel<T, nested, ragged>
+            <<<grid.blocks(kThreads * kDequantizeGroups), kThreads, 0, cuda.stream>>>(w.as<T>(), grid, aligned_rows(w), Nf4Source(q));
     });
     LAUNCH_CHECK();
 }
@@ -478,22 +480,23 @@ template <class T> void dequantize_cuda(CudaContext& cuda, Tensor w, const Nf4Te
 template <class T, bool nested, bool ragged>
 __global__ void __launch_bounds__(kThreads)
     residual_kernel(T* residual, int64_t ld_residual, bool aligned_residual, double* partial, const float* w, GroupGrid grid, bool aligned, Nf4Source q) {
+    constexpr int kGroupsPerThread = int(kGroupsPerBlock) / kThreads;
     __shared__ SharedTables shared;
-    Piece piece(grid, q);
-    CodeGroup<ragged> group[kGroupsPerThread];
+    CodeGroup<8, nested, ragged> group[kGroupsPerThread];
     float x[kGroupsPerThread][8];
 #pragma unroll
-    for (int u = 0; u < kGroupsPerThread; ++u, piece.next(grid)) {
-        group[u].load(grid, piece);
+    for (int u = 0; u < kGroupsPerThread; ++u) {
+        group[u].load(grid, q, (blockIdx.x * kGroupsPerThread + u) * kThreads + threadIdx.x);
         if (group[u].count) load_group(w + group[u].offset(grid.ld), x[u], group[u].count, aligned);
     }
-    shared.fill<nested>(piece, q);
+    const float offset = nested ? *q.offset : 0.0f;
+    shared.fill<nested>();
     double sum = 0;
 #pragma unroll
     for (int u = 0; u < kGroupsPerThread; ++u) {
         if (group[u].count == 0) continue;
         float value[8], squares = 0;
-        group[u].values(shared, value);
+        group[u].values(shared, q, offset, value);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             value[k] = k < group[u].count ? x[u][k] - value[k] : 0.0f;
@@ -518,14 +521,15 @@ template <class T> void residual_cuda(CudaContext& cuda, Tensor residual, Tensor
         w = as_row(w);
         if (residual) residual = as_row(residual);
     }
-    const GroupGrid grid(w);
+    const GroupGrid grid(w, 8);
+    const unsigned blocks = grid.blocks(kGroupsPerBlock);
     T* out = residual ? residual.as<T>() : nullptr;
     with_layout(q.nested, grid.ragged(), [&](auto nested, auto ragged) {
-        residual_kernel<T, nested, ragged><<<grid.blocks, kThreads, 0, cuda.stream>>>(out, residual.ld, aligned_rows(residual), partial, w.as<float>(), grid,
-                                                                                    aligned_rows(w), source_of(q));
+        residual_kernel<T, nested, ragged><<<blocks, kThreads, 0, cuda.stream>>>(out, residual.ld, aligned_rows(residual), partial, w.as<float>(), grid,
+                                                                               aligned_rows(w), Nf4Source(q));
     });
     LAUNCH_CHECK();
-    add_partials_kernel<<<1, kThreads, 0, cuda.stream>>>(sum, partial, grid.blocks);
+    add_partials_kernel<<<1, kThreads, 0, cuda.stream>>>(sum, partial, blocks);
     LAUNCH_CHECK();
 }
 #endif

@@ -290,6 +290,39 @@ void check_normal_statistics(Device& device) {
     }
 }
 
+// Codes and matrices that begin at addresses which allow no wide accesses, against those that do.
+void check_unaligned(Device& device) {
+    uint64_t seed = fresh_seed();
+    INFO("seed " << seed);
+    std::mt19937_64 rng(seed);
+    for (bool nested : {false, true})
+        for (DType dtype : {DType::f32, DType::bf16})
+            for (auto [rows, cols, ld] : {std::array<int64_t, 3>{1, 7, 7}, {67, 64, 64}, {33, 344, 352}, {130, 333, 336}}) {
+                INFO(rows << " x " << cols << " ld " << ld << " " << safetensors_name(dtype) << (nested ? " nested" : ""));
+                std::vector<float> x = round_to_bf16(random_normal(rng, rows * cols, 0.02f));
+                OnDevice w(device, dtype, rows, cols, x, ld), back(device, dtype, rows, cols, ld);
+                QuantizedOnDevice aligned(device, rows, cols, nested), shifted(device, rows, cols, nested);
+                nf4_quantize(device, aligned.q, w, nullptr);
+                nf4_dequantize(device, back, aligned.q);
+
+                OnDevice codes(device, DType::u8, 1, aligned.q.codes.cols + 1), matrix(device, dtype, rows + 1, ld);
+                shifted.q.codes = codes.t.col_slice(1, aligned.q.codes.cols);
+                Tensor moved{matrix.t.at(0, 1), dtype, rows, cols, ld};
+                for (int64_t r = 0; r < rows; ++r) device.copy(moved.at(r, 0), w.t.at(r, 0), cols * size_of(dtype));
+                nf4_quantize(device, shifted.q, moved, nullptr);
+                std::vector<uint8_t> bytes = codes.raw<uint8_t>();
+                CHECK(std::vector<uint8_t>(bytes.begin() + 1, bytes.end()) == aligned.codes.raw<uint8_t>());
+                CHECK(bytes[0] == 0xff);
+                nf4_dequantize(device, moved, shifted.q);
+                std::vector<char> one(cols * size_of(dtype)), other(one);
+                for (int64_t r = 0; r < rows; ++r) {
+                    device.download(one.data(), back.t.at(r, 0), int64_t(one.size()));
+                    device.download(other.data(), moved.at(r, 0), int64_t(other.size()));
+                    REQUIRE(one == other);
+                }
+            }
+}
+
 // w − deq(q) and its squared norm against what dequantization and fp64 say, with and without padding, to both types and to none.
 void check_residual(Device& device) {
     uint64_t seed = fresh_seed();
@@ -392,6 +425,7 @@ TEST_CASE("NF4 agrees with bitsandbytes", "[nf4]") { compare_with_bitsandbytes(*
 TEST_CASE("NF4 round trips on odd and padded shapes", "[nf4]") { check_properties(*test_device("cpu")); }
 TEST_CASE("NF4 of zeros, subnormals and non-finite numbers", "[nf4]") { check_special_values(*test_device("cpu")); }
 TEST_CASE("NF4 codes are the number of thresholds below", "[nf4]") { check_codes(*test_device("cpu")); }
+TEST_CASE("NF4 at unaligned addresses", "[nf4]") { check_unaligned(*test_device("cpu")); }
 TEST_CASE("NF4 residuals and their norm", "[nf4]") { check_residual(*test_device("cpu")); }
 TEST_CASE("NF4 error on normal numbers", "[nf4]") { check_normal_statistics(*test_device("cpu")); }
 
@@ -418,6 +452,7 @@ TEST_CASE("NF4 on the GPU agrees with bitsandbytes", "[nf4][gpu]") { compare_wit
 TEST_CASE("NF4 on the GPU round trips on odd and padded shapes", "[nf4][gpu]") { check_properties(*test_device("cuda")); }
 TEST_CASE("NF4 on the GPU of zeros, subnormals and non-finite numbers", "[nf4][gpu]") { check_special_values(*test_device("cuda")); }
 TEST_CASE("NF4 codes on the GPU are the number of thresholds below", "[nf4][gpu]") { check_codes(*test_device("cuda")); }
+TEST_CASE("NF4 on the GPU at unaligned addresses", "[nf4][gpu]") { check_unaligned(*test_device("cuda")); }
 TEST_CASE("NF4 residuals on the GPU", "[nf4][gpu]") { check_residual(*test_device("cuda")); }
 TEST_CASE("NF4 error on normal numbers on the GPU", "[nf4][gpu]") { check_normal_statistics(*test_device("cuda")); }
 
