@@ -44,7 +44,7 @@ MemoryPlan plan_memory(const Config& config, DeviceKind kind, int workers) {
     StepSums sums(*device, model, config);
     const int64_t blocks = device->allocated_bytes() - before;
     StepPlan step;
-    step.merges = config.low_rank();
+    step.merges = makes_anew(config);
     accumulate_gradients(*device, model, config, sums, {batch}, step);
     apply_gradients(*device, model, config, step, 0);
     if (step.merges) model.merge(0, nullptr);
@@ -70,7 +70,8 @@ namespace {
 
 // How many threads may share the work of merges, most first. A CPU has no idle cores to give them.
 std::vector<int> worker_counts(const Config& config, DeviceKind kind) {
-    if (kind != DeviceKind::cuda || !config.low_rank()) return {0};
+    const MethodPolicy& policy = method_policy(config);
+    if (kind != DeviceKind::cuda || !policy.adapters || !policy.projects) return {0};
     return {kMergeWorkers, kMergeWorkers / 2, 0};
 }
 
