@@ -114,7 +114,7 @@ double cost_per_token(const Config& c, DeviceKind kind, int workers) {
         bytes += gradient * m.rank * wide;
         begun += 2;  // P, and its product with x or dy for the gradient of B
         // NF4 is half a byte and becomes an element; W_eff gets P·B added, to W where that is stored as it is needed.
-        if (nf4) bytes += made * (0.516 + element) * (m.size() + m.rank * narrow), begun += 2 * made;
+        if (nf4) bytes += made * (0.516 + element) * (m.size() + (method_policy(c).quantized_p ? m.rank * narrow : 0)), begun += 2 * made;
         if (!factored(c)) bytes += made * (nf4 ? 2 : 4) * element * m.size(), begun += made;
         if (factored(c)) begun += 2 * uses;  // through P, through B
     }

@@ -16,7 +16,7 @@ Recompute recompute_of(const Config& config) {
 }
 
 bool merges_inside_backward(const Config& config) {
-    const MethodPolicy& policy = method_policy(config);
+    const MethodPolicy policy = method_policy(config);
     return policy.adapters && policy.projects && config.optimizer.clip == 0;
 }
 
@@ -101,7 +101,7 @@ void LinearGroup::register_projection(const Registration& reg, Linear& l) {
     const bool nested = reg.config.method.double_quant, keeps_next = reg.training && policy_.adapters && !merges_inside_backward(reg.config);
     if (policy_.trains_p) return register_parameter(reg, l.a, name, l.rank, l.h(), Precision::adapter);
     if (!policy_.projects) return;
-    if (policy_.quantized) {
+    if (policy_.quantized_p) {
         register_nf4(reg.table, name, Family::frozen, l.p_q, l.rank, l.h(), nested, true);
         if (keeps_next) register_nf4(reg.table, name + "_next", Family::projection, l.next.q, l.rank, l.h(), nested, false);
     } else {
@@ -150,7 +150,7 @@ void LinearGroup::store_w(Device& device, const Linear& l, Tensor w) const {
 
 void LinearGroup::load_p(Device& device, Tensor p, const Linear& l) const {
     if (policy_.trains_p) convert(device, p, l.a.value);
-    else if (policy_.quantized) nf4_dequantize(device, p, l.p_q);
+    else if (policy_.quantized_p) nf4_dequantize(device, p, l.p_q);
     else convert(device, p, l.p);
 }
 

@@ -15,7 +15,7 @@
 // Room for the next projection of a matrix in scratch memory.
 NextProjection LinearGroup::scratch_projection(ScratchScope& scope, const Linear& l) const {
     NextProjection next;
-    if (policy_.quantized) {
+    if (policy_.quantized_p) {
         next.q = l.p_q;
         for (auto part : {&Nf4Tensor::codes, &Nf4Tensor::absmax, &Nf4Tensor::codes8, &Nf4Tensor::scale2, &Nf4Tensor::offset})
             if (Tensor t = l.p_q.*part; t.numel()) next.q.*part = scope.tensor("next P", t.dtype, t.rows, t.cols);
@@ -72,7 +72,7 @@ void LinearGroup::project_one(Device& device, Linear& l, Tensor dy, Tensor x, co
             l.next_ready = result.ok || d.dry();
             l.captured_energy = result.captured_energy;
             if (!l.next_ready) return;
-            if (policy_.quantized) nf4_quantize(d, next.q, p, nullptr);
+            if (policy_.quantized_p) nf4_quantize(d, next.q, p, nullptr);
             else convert(d, next.p, p);
         }
         projection_scope = nullptr;
@@ -119,7 +119,7 @@ void LinearGroup::reinitialize_one(Device& device, Linear& l, const NextProjecti
     if (source && !l.projected) load_source(device, w, l, *source);
     else load_w(device, w, l);
     Tensor p_new = scope.tensor("new P", DType::f32, l.rank, l.h());
-    if (policy_.quantized) nf4_dequantize(device, p_new, next.q);
+    if (policy_.quantized_p) nf4_dequantize(device, p_new, next.q);
     else convert(device, p_new, next.p);
     if (l.projected || device.dry()) {
         ScratchScope old_scope(device);
@@ -135,11 +135,14 @@ void LinearGroup::reinitialize_one(Device& device, Linear& l, const NextProjecti
     if (policy_.quantized) {
         CompensationResult result = quantize_with_compensation(device, l.w_q, b, w, p_new, l.right, s, int(config_->method.compensation_rounds));
         l.quant_error = result.error, l.plain_quant_error = result.quant_error;
-        for (auto part : {&Nf4Tensor::codes, &Nf4Tensor::absmax, &Nf4Tensor::codes8, &Nf4Tensor::scale2, &Nf4Tensor::offset})
-            if ((l.p_q.*part).numel()) device.copy((l.p_q.*part).data, (next.q.*part).data, (l.p_q.*part).bytes());
     } else {
         store_w(device, l, w);
         device.zero(l.b.value);
+    }
+    if (policy_.quantized_p) {
+        for (auto part : {&Nf4Tensor::codes, &Nf4Tensor::absmax, &Nf4Tensor::codes8, &Nf4Tensor::scale2, &Nf4Tensor::offset})
+            if ((l.p_q.*part).numel()) device.copy((l.p_q.*part).data, (next.q.*part).data, (l.p_q.*part).bytes());
+    } else {
         device.copy(l.p.data, next.p.data, l.p.bytes());
     }
     if (l.b.moments.correction) device.zero(l.b.moments.correction);

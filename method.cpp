@@ -5,7 +5,7 @@
 #include "merge_schedule.h"
 #include "runtime/error.h"
 
-const MethodPolicy& method_policy(const Config& config) {
+MethodPolicy method_policy(const Config& config) {
     static const std::map<std::string, MethodPolicy> policies = {
         //           trains_w quantized adapters trains_p projects
         {"full",    {true,    false,    false,   false,   false}},
@@ -18,7 +18,9 @@ const MethodPolicy& method_policy(const Config& config) {
         {"loftq",   {false,   true,     true,    true,    false}}};
     auto found = policies.find(config.method.name);
     CHECK_INTERNAL(found != policies.end(), "no method %s", config.method.name.c_str());
-    return found->second;
+    MethodPolicy policy = found->second;
+    policy.quantized_p = policy.quantized && policy.projects && config.method.quantize_projection;
+    return policy;
 }
 
 double adapter_scale(const Config& config) {

@@ -70,7 +70,7 @@ namespace {
 
 // How many threads may share the work of merges, most first. A CPU has no idle cores to give them.
 std::vector<int> worker_counts(const Config& config, DeviceKind kind) {
-    const MethodPolicy& policy = method_policy(config);
+    const MethodPolicy policy = method_policy(config);
     if (kind != DeviceKind::cuda || !policy.adapters || !policy.projects) return {0};
     return {kMergeWorkers, kMergeWorkers / 2, 0};
 }

@@ -130,7 +130,7 @@ void Trainer::restore() {
     Metadata metadata = load_checkpoint(device_, file.path, saved_tensors_of(*model_));
     restore_counters(*model_, metadata.at("parameters"));
     step_ = std::stoll(metadata.at("step"));
-    const MethodPolicy& policy = method_policy(config_);
+    const MethodPolicy policy = method_policy(config_);
     if (policy.adapters && policy.projects && model_->projected_matrices() < model_->matrices()) open_initial_weights();
     skipped_ = std::stoll(metadata.at("skipped"));
     // Allowed, but no longer the run that was interrupted: positions in the order of samples now mean other samples.

@@ -16,6 +16,7 @@ struct MethodConfig {
     int64_t rank = 128;
     double scale = 0.5;                  // s of W + s·P·B; never divided by the rank
     bool double_quant = true;
+    bool quantize_projection = true;     // loqt: P in NF4
     int64_t compensation_rounds = 5;
     std::string projection = "gram";     // gram | subspace
     std::string projection_gradient = "full";  // full | last
@@ -102,6 +103,7 @@ template <class C, class Visitor> void visit_config(C& c, Visitor&& v) {
     v("method.rank", c.method.rank, "rank of P and B", "");
     v("method.scale", c.method.scale, "s in W + s·P·B of loqt and loqt-nq, and of galore's update", "");
     v("method.double_quant", c.method.double_quant, "quantize the absmax values of NF4 too", "");
+    v("method.quantize_projection", c.method.quantize_projection, "loqt: P in NF4; false: in bf16", "");
     v("method.compensation_rounds", c.method.compensation_rounds, "rounds of quantization-error compensation at a merge; 0 = B starts at 0", "");
     v("method.projection", c.method.projection, "singular vectors: exact (gram) or fast (subspace iteration)", "gram|subspace");
     v("method.projection_gradient", c.method.projection_gradient, "gradient the projection is taken from: whole batch or last micro-batch", "full|last");

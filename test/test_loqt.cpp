@@ -47,7 +47,8 @@ struct Case {
 void check_group(Device& device, const Case& shape, const std::string& method, const std::string& effective_weights, double limit, std::mt19937_64& rng) {
     Config c;
     c.train.effective_weights = effective_weights;
-    c.method.name = method;
+    c.method.name = method == "loqt, P in bf16" ? "loqt" : method;
+    c.method.quantize_projection = method != "loqt, P in bf16";
     c.method.rank = 8;
     c.method.scale = 0.5;
     c.train.micro_batch = c.train.batch = 1;
@@ -72,7 +73,7 @@ void check_group(Device& device, const Case& shape, const std::string& method, c
         y_t(device, act, T, group.out_padded()), residual(device, act, T, group.out_padded(), dy);
     // One merge makes P and B non-trivial, then the pass that is checked.
     BackwardPass merging;
-    const MethodPolicy& policy = method_policy(c);
+    const MethodPolicy policy = method_policy(c);
     merging.merges = policy.adapters && policy.projects;
     MergeStatistics statistics;
     group.input_gradient(device, dx_t, dy_t);
@@ -120,7 +121,7 @@ void check_group(Device& device, const Case& shape, const std::string& method, c
         std::vector<float> p32;
         if (policy.trains_p) {
             p32 = read(l.a.value);
-        } else if (policy.quantized) {
+        } else if (policy.quantized_p) {
             OnDevice p(device, DType::f32, l.rank, l.h());
             nf4_dequantize(device, p, l.p_q);
             p32 = p.read();
@@ -155,7 +156,7 @@ void check_all(Device& device, double limit) {
     std::mt19937_64 rng(seed);
     const Case cases[] = {{64, {64, 32, 32}}, {64, {171, 171}}, {171, {64}}, {64, {64}}, {128, {344, 344}}, {344, {128}}};
     for (const Case& shape : cases)
-        for (const char* method : {"full", "galore", "loqt", "loqt-nq", "lora", "qlora"})
+        for (const char* method : {"full", "galore", "loqt", "loqt, P in bf16", "loqt-nq", "lora", "qlora"})
             for (const char* way : {"cached", "rebuilt", "factored"})
                 if ((std::string(method) != "full" && std::string(method) != "galore") || std::string(way) == "rebuilt") check_group(device, shape, method, way, limit, rng);
 }
