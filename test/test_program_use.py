@@ -276,7 +276,7 @@ class UseTest(ProgramTest):
     """What comes after training: export and samples."""
 
     def test_export_and_start_from_it(self):
-        for method in ("full", "loqt", "loqt-nq"):
+        for method in ("full", "loqt", "loqt-nq", "galore", "lora", "relora", "qlora", "loftq"):
             with self.subTest(method):
                 run, target = self.train("--method.name", method), self.name()
                 self.succeed("--run.dir", run, "--export", target, "--export-dtype", "f32")
