@@ -162,6 +162,17 @@ class MistakeTest(ProgramTest):
         self.assertEqual(len(series(name)), 12)
 
 
+class PaperTest(ProgramTest):
+    def test_paper_is_a_set_of_options_that_others_override(self):
+        name = self.train("--paper", "--data.train", "rows", "--data.val", "rows", "--moments", "bf16", "--steps", 4)
+        config = json.loads(read_text(name, "config.json"))
+        self.assertEqual((config["optimizer"]["rounding"], config["train"]["gradients"], config["data"]["layout"]), ("nearest", "bf16", "rows"))
+        self.assertTrue(config["eval"]["official_perplexity"])
+        self.assertEqual(config["optimizer"]["moments"], "bf16")
+        last = [e for e in metrics(name) if e["event"] == "eval"][-1]
+        self.assertLess(float(last["perplexity_official_biased"]), float(last["perplexity"]))
+
+
 class MetricsTest(ProgramTest):
     KEYS = {
         "start": "step device method parameters micro_batch effective_weights recompute merge_workers peak_tflops peak_source train_tokens planned_bytes",
