@@ -72,6 +72,8 @@ Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, b
     train_data_ = std::make_unique<TokenDataset>(data_options(config_, config_.data.train, "train", config_.data.shuffle));
     if (!config_.data.val.empty()) val_data_ = std::make_unique<TokenDataset>(data_options(config_, config_.data.val, "val", false));
 
+    // Making the weights of a large model on a CPU takes minutes: whoever expected a GPU should not wait for that.
+    if (std::string why; config_.run.device == "auto" && !Device::cuda_usable(&why)) std::fprintf(stderr, "training on the CPU, without a usable GPU: %s\n", why.c_str());
     model_ = std::make_unique<Llama>(config_, device_, true);
     model_->allocate();
     device_.reserve_scratch(plan.scratch);

@@ -283,7 +283,6 @@ void validate_config(Config& c) {
                 format("train.updates: per_layer needs the whole batch in one micro-batch, but train.micro_batch is %lld of %lld sequences; lower train.batch, or use ordinary updates",
                        (long long)c.train.micro_batch, (long long)c.train.batch));
         require(c.optimizer.clip == 0, "train.updates: per_layer knows no global gradient norm to clip by; set optimizer.clip to 0, or use ordinary updates");
-        c.train.micro_batch = c.train.batch;
     }
     require(c.eval.every >= 0 && c.eval.sequences >= 0, "eval.every and eval.sequences: must not be negative");
     require(c.checkpoint.every >= 0 && c.checkpoint.keep_every >= 0, "checkpoint.every and checkpoint.keep_every: must not be negative");

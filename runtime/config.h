@@ -84,7 +84,7 @@ struct Config {
     RunConfig run;
 
     int64_t kv_heads() const { return model.kv_heads ? model.kv_heads : model.heads; }
-    int64_t micro_batches() const { return train.batch / train.micro_batch; }
+    int64_t micro_batches() const { return train.batch / train.micro_batch; }  // once micro_batch is resolved
     bool low_rank() const { return method.name != "full" && method.name != "galore"; }  // adapters beside a frozen W
 };
 
@@ -135,7 +135,7 @@ template <class C, class Visitor> void visit_config(C& c, Visitor&& v) {
     v("train.steps", c.train.steps, "optimizer steps", "");
     v("train.seq_len", c.train.seq_len, "tokens per sequence", "");
     v("train.batch", c.train.batch, "sequences per optimizer step", "");
-    v("train.micro_batch", c.train.micro_batch, "sequences per forward pass; auto (0) = the most that fits", "");
+    v("train.micro_batch", c.train.micro_batch, "sequences per forward pass; auto (0) = the fastest that fits, by the plan's estimate", "");
     v("train.seed", c.train.seed, "seed of initialization, data order and rounding", "");
     v("train.gradients", c.train.gradients, "storage of accumulated gradients; int8: of B, bf16 for the rest", "fp32|bf16|int8");
     v("train.updates", c.train.updates, "optimizer step after the backward pass, or inside it layer by layer (no gradient is kept; one micro-batch per step)", "ordinary|per_layer");

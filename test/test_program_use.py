@@ -260,7 +260,7 @@ class MetricsTest(ProgramTest):
                     micro_batch = ("--micro_batch", 1) if preset == "13b.json" and device == "cuda" else ()
                     result = self.succeed("--config", preset[:-5], "--device", device, "--plan", *budget, *micro_batch)
                     self.assertRegex(result.stdout, r"total +\d+\.\d+ GiB")
-                    self.assertIn("device kind " + device, result.stdout)
+                    self.assertIn({"cuda": "planned for a GPU", "cpu": "planned for the CPU"}[device], result.stdout)
                     self.assertEqual(result.stderr, "")
                     result = self.succeed("--config", preset[:-5], "--device", device, "--plan", "--json", *budget, *micro_batch)
                     plan = json.loads(result.stdout)
