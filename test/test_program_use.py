@@ -65,7 +65,7 @@ class MistakeTest(ProgramTest):
         config('{"method": {"rnk": 1}}', "method.rnk", "method.rank")
         config('{"rank": 16}', "rank", "method")
         config('{"method": {"rank": "many"}}', "method.rank", "many")
-        config('{"method": {"name": "lora"}}', "method.name", "lora", "loqt")
+        config('{"method": {"name": "dora"}}', "method.name", "dora", "loqt")
         config("[]", "bad.json", "object")
         config("", "bad.json", "JSON")
         text = json.dumps(CONFIG)
