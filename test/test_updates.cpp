@@ -157,6 +157,32 @@ void check_nonfinite(Device& device) {
     CHECK(state() == before);
 }
 
+// A step whose gradient turns out not to be finite ends after the backward pass. What was updated inside that counts from then on all the same.
+void check_kept_effective_weights(Device& device) {
+    for (const char* updates : {"per_layer", "ordinary"}) {
+        Config c = base_config(device, "loqt");
+        c.train.updates = updates, c.train.effective_weights = "cached";
+        INFO(updates << " seed " << c.train.seed);
+        ReferenceModel reference(directory_for(device), c.model.vocab);
+        WeightSource source = random_weights(c);
+        SmallModel small(device, c, source);
+        StepPlan plan;
+        plan.merges = true, plan.source = &source, plan.lr = 1e-2;
+        accumulate_gradients(device, small.model, c, small.sums, {reference.batch}, plan);
+        apply_gradients(device, small.model, c, plan, 1);
+        small.model.merge(0, &source);
+        plan.step = 1, plan.merges = c.train.updates != "per_layer";
+        CHECK(accumulate_gradients(device, small.model, c, small.sums, {reference.batch}, plan).updated);
+        auto loss = [&] {
+            small.model.evaluate(reference.batch, small.sums.losses(), 0);
+            return small.sums.read_losses(1);
+        };
+        double kept = loss();
+        small.model.invalidate();
+        CHECK(kept == loss());
+    }
+}
+
 }  // namespace
 
 TEST_CASE("updates layer by layer are the ordinary updates, bit for bit", "[updates]") { check_per_layer(*test_device("cpu")); }
@@ -164,9 +190,11 @@ TEST_CASE("merges inside the backward pass are those after it, bit for bit", "[u
 TEST_CASE("what is recomputed changes no bit", "[updates]") { check_recompute(*test_device("cpu")); }
 TEST_CASE("gradients summed in 16 and 8 bits", "[updates]") { check_narrow_sums(*test_device("cpu")); }
 TEST_CASE("a loss that is not finite stops updates inside the backward pass", "[updates]") { check_nonfinite(*test_device("cpu")); }
+TEST_CASE("no effective weights from before an update inside the backward pass are used", "[updates]") { check_kept_effective_weights(*test_device("cpu")); }
 
 TEST_CASE("updates layer by layer on the GPU", "[updates][gpu]") { check_per_layer(*test_device("cuda", int64_t(256) << 20)); }
 TEST_CASE("merges inside the backward pass on the GPU", "[updates][gpu]") { check_merges_inside(*test_device("cuda", int64_t(256) << 20)); }
 TEST_CASE("what is recomputed changes no bit on the GPU", "[updates][gpu]") { check_recompute(*test_device("cuda", int64_t(256) << 20)); }
 TEST_CASE("gradients summed in 16 and 8 bits on the GPU", "[updates][gpu]") { check_narrow_sums(*test_device("cuda", int64_t(256) << 20)); }
 TEST_CASE("a loss that is not finite stops updates on the GPU", "[updates][gpu]") { check_nonfinite(*test_device("cuda", int64_t(256) << 20)); }
+TEST_CASE("no effective weights from before an update on the GPU", "[updates][gpu]") { check_kept_effective_weights(*test_device("cuda", int64_t(256) << 20)); }
