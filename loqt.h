@@ -153,7 +153,7 @@ class LinearGroup {
     void add_factored_input_gradient(Device& device, Tensor dx, Tensor dy);
     // The true initial weights of a matrix to w, f32.
     void load_source(Device& device, Tensor w, const Linear& linear, const WeightSource& source) const;
-    // The stored W (without adapters) or P of a matrix, in the destination's dtype. next: the projection made in this merge step.
+    // The stored W (without adapters) or P of a matrix, in the destination's dtype.
     void load_w(Device& device, Tensor w, const Linear& linear) const;
     void load_p(Device& device, Tensor p, const Linear& linear) const;
     Tensor dequantized_p(Device& device, ScratchScope& scope, const Linear& l, DType dtype) const;
