@@ -15,8 +15,8 @@ std::vector<int64_t> micro_batch_sizes(const Config& config, DeviceKind kind) {
     if (config.train.updates == "per_layer") return {config.train.batch};
     int64_t most_tokens = kind == DeviceKind::cuda ? kMostTokensCuda : kMostTokensCpu;
     std::vector<int64_t> sizes;
-    for (int64_t m = config.train.batch; m >= 1; --m)
-        if (config.train.batch % m == 0 && (m * config.train.seq_len <= most_tokens || m == 1)) sizes.push_back(m);
+    for (int64_t m = std::min(config.train.batch, std::max<int64_t>(1, most_tokens / config.train.seq_len)); m >= 1; --m)
+        if (config.train.batch % m == 0) sizes.push_back(m);
     return sizes;
 }
 

@@ -45,13 +45,13 @@ class Trainer {
     PeakFlops peak_;
     std::unique_ptr<DirectoryLock> lock_;  // two processes in one run directory would spoil each other's checkpoints
     std::unique_ptr<TokenDataset> train_data_, val_data_;
+    WeightSource source_;
     std::unique_ptr<Llama> model_;
-    std::unique_ptr<Workers> workers_;  // after the model, which their jobs use
+    std::unique_ptr<Workers> workers_;  // after the model and the source, which their jobs use
     std::unique_ptr<StepSums> sums_;
     std::unique_ptr<BatchStream> stream_;
     std::unique_ptr<MetricsFile> metrics_;
     std::unique_ptr<ProgressLine> progress_;
-    WeightSource source_;
     std::vector<int64_t> merges_;
     int64_t step_ = 0;             // steps done
     int64_t skipped_ = 0;          // non-finite steps left out

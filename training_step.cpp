@@ -31,6 +31,7 @@ StepGradients accumulate_gradients(Device& device, Llama& model, const Config& c
         }
         model.train(batches[i], loss_scale, sums.losses(), i, pass);
     }
+    if (result.updated) model.invalidate();  // also where the step ends here, because its gradient is not finite
     if (plan.merges && device.workers()) {
         device.synchronize();  // the backward pass itself
         double begin = wall_seconds();

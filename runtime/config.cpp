@@ -140,7 +140,7 @@ int64_t parse_bytes(const std::string& text) {
     double factor = unit == "B" ? 1 : unit == "KiB" ? 1024.0 : unit == "MiB" ? 1048576.0 : unit == "GiB" ? 1073741824.0
                   : unit == "kB" ? 1e3 : unit == "MB" ? 1e6 : unit == "GB" ? 1e9 : 0;
     if (end != text.c_str() && unit.empty()) throw UserError("\"" + text + "\" has no unit; write " + text + "GiB or " + text + "MiB");
-    if (end == text.c_str() || factor == 0 || !(value > 0) || value * factor > 9e18)
+    if (end == text.c_str() || factor == 0 || !(value * factor >= 1) || value * factor > 9e18)
         throw UserError("\"" + text + "\" is not an amount of memory; write it like 24GiB or 512MiB");
     return int64_t(value * factor);
 }
@@ -232,12 +232,18 @@ void validate_config(Config& c) {
     auto positive = [](const char* key, auto value) {
         require(value > 0, std::string(key) + ": got " + json(value).dump() + ", must be positive");
     };
+    // Far beyond what any device holds, and low enough that no size in bytes overflows.
+    auto at_most = [](const char* key, int64_t value, int64_t limit) {
+        require(value <= limit, std::string(key) + ": got " + json(value).dump() + ", must be at most " + json(limit).dump());
+    };
     auto fraction = [](const char* key, double value) {
         require(value >= 0 && value <= 1, std::string(key) + ": got " + json(value).dump() + ", must lie in [0, 1]");
     };
     positive("model.hidden", c.model.hidden), positive("model.intermediate", c.model.intermediate), positive("model.heads", c.model.heads);
     positive("model.layers", c.model.layers), positive("model.vocab", c.model.vocab), positive("model.rms_eps", c.model.rms_eps);
     positive("model.rope_base", c.model.rope_base), positive("model.init_std", c.model.init_std);
+    at_most("model.hidden", c.model.hidden, 1 << 20), at_most("model.intermediate", c.model.intermediate, 1 << 20), at_most("model.layers", c.model.layers, 1 << 12);
+    at_most("model.vocab", c.model.vocab, 1 << 24);
     require(c.model.hidden % c.model.heads == 0, format("model.heads: %lld does not divide model.hidden %lld", (long long)c.model.heads, (long long)c.model.hidden));
     require(c.model.head_dim() % 2 == 0, format("model.heads: head size %lld is odd; rotary embedding needs an even one", (long long)c.model.head_dim()));
     require(c.model.kv_heads >= 0, "model.kv_heads: must not be negative");
@@ -274,13 +280,14 @@ void validate_config(Config& c) {
     require(c.optimizer.weight_decay >= 0, "optimizer.weight_decay: must not be negative");
     require(c.optimizer.clip >= 0, "optimizer.clip: must not be negative");
     positive("train.steps", c.train.steps), positive("train.seq_len", c.train.seq_len), positive("train.batch", c.train.batch);
+    at_most("train.seq_len", c.train.seq_len, 1 << 24), at_most("train.batch", c.train.batch, 1 << 24);
     require(c.train.micro_batch >= 0, "train.micro_batch: must be positive, or auto");
     require(c.train.micro_batch == 0 || c.train.batch % c.train.micro_batch == 0,
             format("train.micro_batch: %lld does not divide train.batch %lld", (long long)c.train.micro_batch, (long long)c.train.batch));
     if (c.train.updates == "per_layer") {
         // Each gradient is used up as soon as it is there: none is left to sum over micro-batches or to take a global norm of.
         require(c.train.micro_batch == 0 || c.train.micro_batch == c.train.batch,
-                format("train.updates: per_layer needs the whole batch in one micro-batch, but train.micro_batch is %lld of %lld sequences; lower train.batch, or use ordinary updates",
+                format("train.updates: per_layer needs the whole batch in one micro-batch, but train.micro_batch is %lld of %lld sequences; set it to auto and train.batch as low as memory asks for, or use ordinary updates",
                        (long long)c.train.micro_batch, (long long)c.train.batch));
         require(c.optimizer.clip == 0, "train.updates: per_layer knows no global gradient norm to clip by; set optimizer.clip to 0, or use ordinary updates");
     }

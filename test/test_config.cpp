@@ -73,10 +73,17 @@ TEST_CASE("config: bad values name key, value and what was expected", "[config]"
     CHECK(contains(message_for_json(R"({"model": {"hidden": 32, "heads": 8, "kv_heads": 1}, "method": {"rank": 4}})"), "model.kv_heads: 1 heads of 4"));
     CHECK(contains(message_for_json(R"({"train": {"steps": "auto"}})"), "train.steps: got \"auto\", expected a whole number"));
     CHECK(contains(message_for_json(R"({"run": {"device": "tpu"}})"), "run.device: got \"tpu\""));
+    CHECK(contains(message_for_json(R"({"train": {"batch": 8, "micro_batch": 2, "updates": "per_layer"}})"), "train.micro_batch is 2 of 8 sequences; set it to auto"));
+    CHECK(contains(message_for_json(R"({"train": {"updates": "per_layer"}, "optimizer": {"clip": 1}})"), "set optimizer.clip to 0"));
+    CHECK(contains(message_for_json(R"({"train": {"seq_len": 1000000000000}})"), "train.seq_len: got 1000000000000, must be at most"));
+    CHECK(contains(message_for_json(R"({"train": {"batch": 1000000000000}})"), "train.batch: got 1000000000000"));
+    CHECK(contains(message_for_json(R"({"model": {"intermediate": 1000000000000}})"), "model.intermediate: got 1000000000000"));
+    CHECK(contains(message_for_json(R"({"model": {"vocab": 1000000000000}})"), "model.vocab: got 1000000000000"));
     CHECK(contains(message_for_json(R"({"train": )"), "not valid JSON"));
     CHECK(contains(message_for_json(R"({"optimizer": {"lr": 1e999}})"), "double precision"));
     CHECK(contains(message_of([] { parse_bytes("24 apples"); }), "24 apples"));
     CHECK(contains(message_of([] { parse_bytes("24"); }), "no unit; write 24GiB"));
+    CHECK(contains(message_of([] { parse_bytes("1e-9MiB"); }), "not an amount of memory"));  // less than a byte: 0 would mean no limit
     CHECK(parse_bytes("24GiB") == int64_t(24) << 30);
     CHECK(parse_bytes("1.5MB") == 1500000);
     Config c;

@@ -288,6 +288,8 @@ class MethodTest(ProgramTest):
         "project int8": ("--moments_at_merge", "project", "--moments", "int8"), "single quantization": ("--double_quant", "false"),
         "no compensation": ("--compensation_rounds", 0), "bf16 gradients": ("--gradients", "bf16"), "rebuilt": ("--effective_weights", "rebuilt"),
         "factored": ("--effective_weights", "factored"), "factored nq": ("--effective_weights", "factored", "--method.name", "loqt-nq"),
+        "per layer": ("--updates", "per_layer", "--micro_batch", "auto"), "int8 gradients": ("--gradients", "int8"), "int8 gradients, clipped": ("--gradients", "int8", "--clip", 1),
+        "none again": ("--recompute", "none", "--effective_weights", "factored"), "blocks again": ("--recompute", "block"),
         "rows": ("--data.train", "rows", "--data.val", "rows", "--data.layout", "rows"),
     }
 
