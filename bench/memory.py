@@ -5,11 +5,11 @@
     python3 bench/memory.py --cases 7b-2560,13b-per-layer  some of them; --list shows all with their commands
     python3 bench/memory.py --plan-only                    what is planned, without running anything: needs no GPU
     python3 bench/memory.py --table1                       weights and optimizer beside the paper's Table 1: needs no GPU
-    python3 bench/memory.py --show A.json B.json           the table again, from files of earlier calls
+    python3 bench/memory.py --show A.json B.json           the table again, from files of earlier calls; --brief: the columns of docs/memory.md
     python3 bench/memory.py --cases 1b -- --rank 256       after --, options of train_loqt for every case
 
-Each case is 20 steps with merges at steps 0 and 8 and a checkpoint at the end. Rows in Markdown are printed, and all figures written to --out, as
-soon as they are there. bench/README.md says what is measured and how. The status is 1 if a case failed or has a remark.
+Each case is 20 steps (--steps) with merges at the first and in the middle and a checkpoint at the end. Rows in Markdown are printed, and all figures
+written to --out, as soon as they are there. bench/README.md says what is measured and how. The status is 1 if a case failed or has a remark.
 """
 import argparse
 import array
@@ -35,8 +35,7 @@ from run import ROOT, commit, config_path, gpu_there, say
 sys.path.append(os.path.join(ROOT, "scripts"))
 from summary import read_events  # noqa: E402
 
-STEPS, MERGE_GAP = 20, 8  # merges at 0 and 8: a merge needs as many steps again after it
-COMMON = ["--train.steps", str(STEPS), "--method.merge_gap", str(MERGE_GAP), "--eval.every", "0", "--checkpoint.every", "0", "--optimizer.warmup_ratio", "0.1"]
+COMMON = ["--eval.every", "0", "--checkpoint.every", "0", "--optimizer.warmup_ratio", "0.1"]
 TOLERANCE = 0.02  # between planned and measured peak, on a GPU
 HOST_LIMIT = 8 * GIB  # of a process' own host memory
 # name: preset, budget ("" = what is free), options. Two micro-batches or more a step wherever the method allows it, so that gradients are kept.
@@ -53,15 +52,18 @@ CASES = {
     "7b-seq4096": ("7b", "24GiB", LARGE + "--train.seq_len 4096 --train.batch 2 --train.micro_batch 1"),
     "13b-per-layer": ("13b", "20.5GiB", LARGE + "--train.batch 1 --train.micro_batch 1 --train.updates per_layer"),
     "13b-ordinary": ("13b", "23.5GiB", LARGE + "--train.batch 4 --train.micro_batch 1 --train.recompute block"),
-    "13b-40GiB": ("13b", "40GiB", LARGE + "--train.batch 64"),
+    "13b-40GiB": ("13b", "40GiB", LARGE + "--train.batch 256 --train.micro_batch 128"),
     "tiny": ("tiny", "", "--optimizer.lr 0.01 --train.batch 8 --train.micro_batch 4 --train.seq_len 64"),
 }
 # Weights and optimizer of the paper's Table 1, in its unit: MiB / 1000.
 TABLE1 = {"60m": {"full": 0.36, "loqt": 0.23, "loqt-nq": 0.28}, "130m": {"full": 0.76, "loqt": 0.49, "loqt-nq": 0.63},
           "350m": {"full": 2.06, "loqt": 0.98, "loqt-nq": 1.47}, "1b": {"full": 7.80, "loqt": 3.16, "loqt-nq": 5.11}}
 CHOICES = ["train.recompute", "train.effective_weights", "train.updates", "train.gradients", "optimizer.moments", "optimizer.embedding_moments"]
-COLUMNS = ["case", "budget", "micro-batch", "recompute, weights, updates, gradients, moments, of embeddings", "planned, GiB", "peak, GiB", "difference",
-           "by the program, GiB", "loss", "tokens/s", "merge, s: first, later", "host: RSS, own, GiB", "start, s", "checkpoint, s", "wall, s", "remarks"]
+SETTINGS = "recompute, weights, updates, gradients, moments, of embeddings"
+COLUMNS = ["case", "budget", "micro-batch", SETTINGS, "planned, GiB", "peak, GiB", "difference", "by the program, GiB", "loss", "tokens/s", "merge, s: first, later",
+           "host: RSS, own, GiB", "start, s", "checkpoint, s", "wall, s", "remarks"]
+PLANNED = ["case", "budget", "micro-batch", SETTINGS, "planned, GiB", "remarks"]
+BRIEF = ["case", "budget", "micro-batch", SETTINGS, "planned, GiB", "peak, GiB", "tokens/s", "later merge, s", "host, own, GiB"]
 
 
 # Data
@@ -285,25 +287,30 @@ def gib(value):
     return "-" if value is None else f"{value / GIB:.2f}"
 
 
-def row(r):
-    """The cells of one case; "-" for what is not known. Peak is the driver's; without a GPU the program's."""
-    plan, losses = r.get("plan"), r.get("losses") or [None]
-    peak, planned = r.get("driver_peak_bytes", r.get("program_peak_bytes")), r["planned_bytes"]
-    merges = [m["step_seconds_more"] for m in r.get("merges", [])]
-    return [r["name"], r["budget"] or "-", f"{plan['tokens_per_micro_batch'] // plan['seq_len']} × {plan['seq_len']}" if plan else "-",
-            ", ".join(plan["choices"][key]["value"] if key in plan["choices"] else "-" for key in CHOICES) if plan else "-",
-            gib(planned), gib(peak), number(100 * (peak / planned - 1) if peak and planned else None, "{:+.2f} %"), gib(r.get("program_peak_bytes")),
-            f"{number(losses[0], '{:.3f}')} → {number(losses[-1], '{:.3f}')}", number(r.get("tokens_per_s")),
-            ", ".join(number(s, "{:.1f}") for s in merges) or "-", f"{gib(r.get('host_rss_bytes'))}, {gib(r.get('host_own_bytes'))}",
-            *(number(r.get(key), "{:.1f}") for key in ("start_seconds", "checkpoint_seconds", "wall_seconds")), "; ".join(r["remarks"])]
+def cells(r):
+    """{column: text} of one case; "-" for what is not known. Peak is the driver's; without a GPU the program's, which includes its binary: no difference from the plan is shown."""
+    plan, losses, planned, driver = r.get("plan"), r.get("losses") or [None], r["planned_bytes"], r.get("driver_peak_bytes")
+    merges = [number(m["step_seconds_more"], "{:.1f}") for m in r.get("merges", [])]
+    return {
+        "case": r["name"], "budget": r["budget"] or (f"({gib(plan['budget'])} GiB)" if plan and plan["budget"] else "-"),
+        "micro-batch": f"{plan['tokens_per_micro_batch'] // plan['seq_len']} × {plan['seq_len']}" if plan else "-",
+        SETTINGS: ", ".join(plan["choices"][key]["value"] if key in plan["choices"] else "-" for key in CHOICES) if plan else "-",
+        "planned, GiB": gib(planned), "peak, GiB": gib(r.get("program_peak_bytes") if driver is None else driver),
+        "difference": number(100 * (driver / planned - 1) if driver and planned else None, "{:+.2f} %"),
+        "by the program, GiB": gib(r.get("program_peak_bytes")), "loss": f"{number(losses[0], '{:.3f}')} → {number(losses[-1], '{:.3f}')}",
+        "tokens/s": number(r.get("tokens_per_s")), "merge, s: first, later": ", ".join(merges) or "-", "later merge, s": ", ".join(merges[1:]) or "-",
+        "host: RSS, own, GiB": f"{gib(r.get('host_rss_bytes'))}, {gib(r.get('host_own_bytes'))}", "host, own, GiB": gib(r.get("host_own_bytes")),
+        **{f"{what}, s": number(r.get(f"{what}_seconds"), "{:.1f}") for what in ("start", "checkpoint", "wall")}, "remarks": "; ".join(r["remarks"]),
+    }
 
 
-def head():
-    return table(COLUMNS, []).rstrip("\n")
+def head(columns):
+    return table(columns, []).rstrip("\n")
 
 
-def line(r):
-    return table(row(r), []).splitlines()[0]
+def line(r, columns):
+    found = cells(r)
+    return table([found[column] for column in columns], []).splitlines()[0]
 
 
 # Cases
@@ -312,12 +319,28 @@ def budget_of(args, name):
     return CASES[name][1] if args.budget is None else args.budget
 
 
-def command_of(args, name):
-    """train_loqt and its options for a case, but for data and run directory."""
-    preset, _, options = CASES[name]
+def merge_gap(steps):
+    """Steps between merges: one comes at the first step and one in the middle. A merge needs as many steps again after it."""
+    return 2 * steps // 5
+
+
+def options_of(args, name):
+    """train_loqt's options for a case, but for preset, device, data and run directory."""
     budget = budget_of(args, name)
-    return [args.binary, "--config", config_path(preset), "--run.device", args.device, *COMMON, *shlex.split(options),
+    return ["--train.steps", str(args.steps), "--method.merge_gap", str(merge_gap(args.steps)), *COMMON, *shlex.split(CASES[name][2]),
             *(["--run.memory_budget", budget] if budget else []), *args.overrides]
+
+
+def command_of(args, name):
+    return [args.binary, "--config", config_path(CASES[name][0]), "--run.device", args.device, *options_of(args, name)]
+
+
+def listed(args):
+    """Every case with a command to paste, once DATA is replaced."""
+    text = "# DATA: a folder of token shards (data/README.md) with the preset's vocabulary, as this script makes them of synthetic tokens\n"
+    for name in args.names:
+        text += f"{name:15} ./train_loqt --config {CASES[name][0]} {shlex.join(options_of(args, name))} --data.train DATA --data.val '' --run.dir runs/{name}\n"
+    return text
 
 
 def measure(args, name, driver):
@@ -330,7 +353,7 @@ def measure(args, name, driver):
         r["planned_bytes"] = plan["total"]
         if args.plan_only:
             return r
-        data = args.data or synthetic_shards(args.work, plan["model"]["vocab"], STEPS * plan["batch"] * plan["seq_len"] + 1)
+        data = args.data or synthetic_shards(args.work, plan["model"]["vocab"], args.steps * plan["batch"] * plan["seq_len"] + 1)
         begin = time.time()
         peaks, r["wall_seconds"], r["error"] = run_program([*command, "--data.train", data, "--data.val", "", "--run.dir", folder], folder + ".log", driver, args.timeout)
         r.update(peaks)
@@ -365,9 +388,11 @@ def parse_arguments(argv):
     at = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", help="names, in this order [all but tiny; on a CPU tiny]")
-    parser.add_argument("--list", action="store_true", help="print the cases with their commands")
+    parser.add_argument("--list", action="store_true", help="print all cases, or --cases, with their commands")
     parser.add_argument("--plan-only", action="store_true", help="plan the cases, run none")
     parser.add_argument("--table1", action="store_true", help="weights and optimizer beside the paper's Table 1")
+    parser.add_argument("--brief", action="store_true", help="fewer columns, for docs/memory.md; remarks go to stderr")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a case, 3 or more [20]")
     parser.add_argument("--show", nargs="+", metavar="FILE.json", help="print the table from these files; a case that is in several counts as in the last")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument("--budget", help='instead of every case\'s own, such as 40GiB; "" for what is free')
@@ -380,11 +405,13 @@ def parse_arguments(argv):
     args = parser.parse_args(argv[:at])
     args.overrides = argv[at + 1:]
     args.binary = os.path.abspath(args.binary)
-    if args.device == "auto" and not args.plan_only and not args.list:
-        args.device = "cuda" if gpu_there() else "cpu"
-    elif args.device == "auto":
-        args.device = "cuda"
-    args.names = args.cases.split(",") if args.cases else ["tiny"] if args.device == "cpu" else [name for name in CASES if name != "tiny"]
+    args.columns = BRIEF if args.brief else PLANNED if args.plan_only else COLUMNS
+    if args.steps < 3:
+        parser.error("--steps: a merge in the middle takes 3 or more")
+    if args.device == "auto":
+        args.device = "cuda" if args.plan_only or gpu_there() else "cpu"
+    usual = list(CASES) if args.list else ["tiny"] if args.device == "cpu" else [name for name in CASES if name != "tiny"]
+    args.names = args.cases.split(",") if args.cases else usual
     unknown = [name for name in args.names if name not in CASES]
     if unknown:
         parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
@@ -399,18 +426,26 @@ def read_reports(paths):
     return list(cases.values())
 
 
+def show(args, r):
+    print(line(r, args.columns), flush=True)
+    if "remarks" not in args.columns and r["remarks"]:
+        say(f"{r['name']}: {'; '.join(r['remarks'])}")
+
+
 def run_cases(args, command):
     """Prints each case's row when it has it. → their figures."""
+    progress = sys.stderr.isatty() and not sys.stdout.isatty()  # on one terminal it would stand between the rows
     driver = Driver(args.device) if args.device.startswith("cuda") and not args.plan_only else None
     report = {"commit": commit(), "date": time.strftime("%Y-%m-%d"), "command": command, "cases": []}
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-    print(head(), flush=True)
+    print(head(args.columns), flush=True)
     for name in args.names:
-        say(f"{name} ...")
+        if progress:
+            say(f"{name} ...")
         r = measure(args, name, driver)
         r["remarks"] = remarks(r)
         report["cases"].append(r)
-        print(line(r), flush=True)
+        show(args, r)
         with open(args.out, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=1)
             file.write("\n")
@@ -421,12 +456,12 @@ def main(argv):
     args = parse_arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the program and its files go too
     if args.show:
-        print("\n".join([head(), *map(line, read_reports(args.show))]))
+        print(head(args.columns), flush=True)
+        for r in read_reports(args.show):
+            show(args, r)
         return 0
     if args.list:
-        for name in args.names:
-            command = command_of(args, name)
-            print(f"{name:15} {shlex.join(['./train_loqt', '--config', CASES[name][0], *command[3:]])}")
+        print(listed(args), end="")
         return 0
     if args.table1:
         print(table1(args), end="")

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Draws what GPU memory goes to: a bar per method and model size, stacked by component, from train_loqt --plan --json, with a line at 24 GiB.
 
-    python3 scripts/plot_memory.py -o docs/memory.png                              planned bars for 1b, 7b and 13b
-    python3 scripts/plot_memory.py --measured build/memory.json -o docs/memory.png and the runs of bench/memory.py: their plan, and a mark at the measured peak
+    python3 scripts/plot_memory.py                                 planned bars for 1b, 7b and 13b, into memory.png
+    python3 scripts/plot_memory.py --measured build/memory.json    and the runs of bench/memory.py: their plan, and a mark at the measured peak
 
-Planned bars: one sequence of 256 tokens, bf16 gradients of all trained weights (per layer: the largest one alone), moments of embedding and LM head in bf16, norms and SwiGLU
-computed again, no kept effective weights, no merge workers (a run adds these where there is room). Needs matplotlib and a built ./train_loqt, no GPU.
+docs/memory.md says what the planned bars stand for. Needs matplotlib and a built ./train_loqt, no GPU.
 """
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -24,6 +24,8 @@ METHODS = {
     "full, 8-bit Adam, per layer": "--method.name full --optimizer.moments int8 --train.updates per_layer",
     "loqt, bf16 Adam": LOQT + " --optimizer.moments bf16",
     "loqt, 8-bit Adam": LOQT + " --optimizer.moments int8",
+    # Two micro-batches: sums in 8 bits are for what there is to sum.
+    "loqt, 8-bit Adam, 8-bit gradient sums": LOQT + " --optimizer.moments int8 --train.gradients int8 --train.batch 2",
     "loqt, 8-bit Adam, per layer": LOQT + " --optimizer.moments int8 --train.updates per_layer",
 }
 # Component: colour (of Okabe and Ito, told apart by colour-blind people), lines of the plan. A line that is in none counts as scratch.
@@ -92,13 +94,14 @@ def draw_panel(axes, title, bars):
             width = parts[name] / GIB
             axes.barh(y, width, left=left, color=colour, edgecolor="white", linewidth=0.6, height=0.72)
             if width > 0.045 * widest:
-                axes.text(left + width / 2, y, f"{width:.1f}", ha="center", va="center", fontsize=7, color="black" if name != "weights" else "white")
+                axes.text(left + width / 2, y, f"{width:.1f}", ha="center", va="center", fontsize=7, color="black" if name != "weights" else "white",
+                          bbox={"facecolor": colour, "edgecolor": "none", "pad": 1})
             left += width
         text = f"{left:.1f} GiB" + (f", measured {peak / GIB:.1f}" if peak else "")
-        axes.text(peak_of(bars[y]) + 0.012 * widest, y, text, va="center", fontsize=8, bbox={"color": "white", "pad": 0.5})
+        axes.text(peak_of(bars[y]) + 0.012 * widest, y, text, va="center", fontsize=8, bbox={"color": "white", "pad": 1.5})
         if peak:
             axes.plot(peak / GIB, y, "D", color="black", markersize=5, markeredgecolor="white")
-    axes.axvline(CARD, color="black", linestyle="--", linewidth=1, zorder=2.5)  # over the bars, under the text
+    axes.axvline(CARD, color="black", linestyle="--", linewidth=1, zorder=2.5)  # over the bars, under the text and its boxes
     axes.set_yticks(range(len(bars)), [bar[0] for bar in bars], fontsize=8)
     axes.set(xlim=(0, 1.24 * widest), title=title)
     axes.title.set_fontsize(9)
@@ -134,8 +137,11 @@ def main(argv=None):
     parser.add_argument("--sizes", default="1b,7b,13b", help='configurations to plan; "" for none [1b,7b,13b]')
     parser.add_argument("--measured", nargs="+", default=[], metavar="FILE.json", help="what bench/memory.py wrote")
     parser.add_argument("--binary", default=os.path.join(ROOT, "train_loqt"), help="the program [./train_loqt]")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE.png", help="the picture; FILE.svg works too")
+    parser.add_argument("-o", "--output", default="memory.png", metavar="FILE.png", help="the picture; FILE.svg works too [memory.png]")
     args = parser.parse_args(argv)
+    if not importlib.util.find_spec("matplotlib"):
+        print("plot_memory.py: needs matplotlib; make test puts it into .venv: use .venv/bin/python3", file=sys.stderr)
+        return 2
     try:
         panels = [(f"{size}, one sequence of 256 tokens, planned", planned_bars(args.binary, size)) for size in args.sizes.split(",") if size]
         panels.append(("runs: planned, and measured by the driver", measured_bars(args.measured)))
@@ -144,9 +150,6 @@ def main(argv=None):
             print("plot_memory.py: nothing to draw", file=sys.stderr)
             return 2
         draw(panels, args.output)
-    except ImportError as error:
-        print(f"plot_memory.py: {error}; it needs matplotlib: python3 -m pip install matplotlib", file=sys.stderr)
-        return 2
     except OSError as error:
         print(f"plot_memory.py: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2

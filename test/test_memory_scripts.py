@@ -138,7 +138,7 @@ class Figures(unittest.TestCase):
             r = result(found, error="it broke")
             self.assertEqual(memory.remarks(r)[0], "it broke")
             r["remarks"] = memory.remarks(r)
-            self.assertEqual(len(memory.row(r)), len(memory.COLUMNS))
+            self.assertLessEqual({*memory.COLUMNS, *memory.PLANNED, *memory.BRIEF}, memory.cells(r).keys())
 
     def test_remarks(self):
         small = dict(PLAN, budget=6 * GIB)
@@ -158,20 +158,30 @@ class Figures(unittest.TestCase):
         full["start"][0]["method"] = "full"
         self.assertEqual(memory.remarks(result(full, driver_left_bytes=2**20, plan=dict(PLAN, budget=7 * GIB))), [])
 
-    def test_row(self):
+    def test_cells(self):
         r = result(events(FALLING), budget="24GiB", host_rss_bytes=3 * GIB, host_own_bytes=2 * GIB, start_seconds=1.25, wall_seconds=30.0, remarks=["a", "b"])
-        self.assertEqual(memory.row(r), ["x", "24GiB", "4 × 64", "light, -, per_layer, -, -, -", "6.00", "6.06", "+1.00 %", "7.00", "5.000 → 3.100", "1,010", "4.0, 4.0",
-                                         "3.00, 2.00", "1.2", "2.0", "30.0", "a; b"])
-        del r["driver_peak_bytes"]  # no GPU: the program's own
-        self.assertEqual(memory.row(r)[5:8], ["7.00", "+16.67 %", "7.00"])
+        found = memory.cells(r)
+        self.assertEqual([found[column] for column in memory.COLUMNS],
+                         ["x", "24GiB", "4 × 64", "light, -, per_layer, -, -, -", "6.00", "6.06", "+1.00 %", "7.00", "5.000 → 3.100", "1,010", "4.0, 4.0",
+                          "3.00, 2.00", "1.2", "2.0", "30.0", "a; b"])
+        self.assertEqual([found[column] for column in memory.BRIEF], ["x", "24GiB", "4 × 64", "light, -, per_layer, -, -, -", "6.00", "6.06", "1,010", "4.0", "2.00"])
+        self.assertEqual(memory.line(r, ["case", "remarks"]), "| x | a; b |")
+        del r["driver_peak_bytes"]  # no GPU: the program's own, which counts more than the plan
+        self.assertEqual([memory.cells(r)[column] for column in ("peak, GiB", "difference")], ["7.00", "-"])
+        # Without a budget of the case's: what the plan took for one.
+        self.assertEqual(memory.cells(dict(r, budget=""))["budget"], "-")
+        self.assertEqual(memory.cells(dict(r, budget="", plan=dict(PLAN, budget=24 * GIB)))["budget"], "(24.00 GiB)")
 
     def test_cases(self):
-        """Every case has a preset and a merge between its first and last step."""
+        """Every case has a preset and options in pairs; merges leave room for one in the middle, whatever the number of steps."""
         for name, (preset, _, options) in memory.CASES.items():
             self.assertTrue(os.path.exists(memory.config_path(preset)), name)
             words = options.split()
             self.assertTrue(all(key.startswith("--") for key in words[::2]), name)
-        self.assertLess(2 * memory.MERGE_GAP, memory.STEPS)
+        self.assertEqual(memory.merge_gap(20), 8)
+        for steps in range(3, 200):
+            gap = memory.merge_gap(steps)
+            self.assertTrue(0 < gap < steps - gap, steps)
 
 
 class Parts(unittest.TestCase):
@@ -263,16 +273,28 @@ class Cases(unittest.TestCase):
 
     def test_plan_only_and_show(self):
         rows, written = self.bench("--cases", "60m,1b", "--plan-only")
-        self.assertEqual([(r["case"], r["planned, GiB"], r["peak, GiB"]) for r in rows], [("60m", "6.00", "-"), ("1b", "6.00", "-")])
+        self.assertEqual([list(r) for r in rows], [memory.PLANNED] * 2)
+        self.assertEqual([(r["case"], r["planned, GiB"]) for r in rows], [("60m", "6.00"), ("1b", "6.00")])
         other = os.path.join(self.folder, "other.json")
         with open(other, "w", encoding="utf-8") as file:
             json.dump({"cases": [dict(written[1], planned_bytes=GIB)]}, file)
         rows, _ = self.bench("--show", self.out, other)
-        self.assertEqual([(r["case"], r["planned, GiB"]) for r in rows], [("60m", "6.00"), ("1b", "1.00")])
+        self.assertEqual([(r["case"], r["planned, GiB"], r["peak, GiB"]) for r in rows], [("60m", "6.00", "-"), ("1b", "1.00", "-")])
+        with open(other, "w", encoding="utf-8") as file:
+            json.dump({"cases": [dict(written[0], remarks=["it broke"])]}, file)
+        rows, _ = self.bench("--show", other, "--brief")
+        self.assertEqual([list(r) for r in rows], [memory.BRIEF])
+        self.assertEqual(self.stderr, "60m: it broke\n")
 
     def test_list_and_mistakes(self):
-        self.bench("--list", "--cases", "13b-per-layer", "--", "--seed", "7")
-        self.assertRegex(self.stdout, r"^13b-per-layer +\./train_loqt --config 13b .*--train.updates per_layer .*--run.memory_budget 20.5GiB --seed 7\n$")
+        self.bench("--list", "--cases", "13b-per-layer", "--steps", "10", "--", "--seed", "7")
+        comment, command = self.stdout.splitlines()
+        self.assertTrue(comment.startswith("# DATA: "))
+        self.assertRegex(command, r"^13b-per-layer +\./train_loqt --config 13b --train.steps 10 --method.merge_gap 4 .*--train.updates per_layer "
+                                  r"--run.memory_budget 20.5GiB --seed 7 --data.train DATA --data.val '' --run.dir runs/13b-per-layer$")
+        self.bench("--list")
+        self.assertEqual([text.split()[0] for text in self.stdout.splitlines()[1:]], list(memory.CASES))
+        self.bench("--steps", "2", status=2)
         self.bench("--cases", "14b", status=2)
         self.bench("--show", "nowhere.json", status=1)
 
@@ -299,7 +321,9 @@ class Cases(unittest.TestCase):
 
     @unittest.skipUnless(os.path.exists(PROGRAM), "no ./train_loqt; build it with make, or make cpu")
     def test_program(self):
-        """The tiny preset on the CPU, from the shards to the table, and Table 1."""
+        """The tiny preset on the CPU, from the shards to the table, fewer steps, and Table 1."""
+        _, (case,) = self.bench("--steps", "7", binary=PROGRAM)
+        self.assertEqual((case["steps"], [m["step"] for m in case["merges"]], case["remarks"]), (7, [0, 2], []))
         rows, (case,) = self.bench("--keep", binary=PROGRAM)
         self.assertEqual(rows[0]["remarks"], "")
         self.assertEqual((rows[0]["case"], rows[0]["micro-batch"], case["steps"], [m["step"] for m in case["merges"]]), ("tiny", "4 × 64", 20, [0, 8]))
@@ -342,6 +366,13 @@ class Plot(unittest.TestCase):
                     self.assertTrue(file.read().startswith(begin))
                 self.assertGreater(os.path.getsize(path), 5000)
 
+    def test_no_matplotlib(self):
+        """Said at once, before anything is planned."""
+        with unittest.mock.patch("importlib.util.find_spec", return_value=None), contextlib.redirect_stderr(io.StringIO()) as err:
+            self.assertEqual(plot_memory.main([]), 2)
+        self.assertIn("use .venv/bin/python3", err.getvalue())
+
+    @unittest.skipUnless(matplotlib, "no matplotlib")
     def test_mistakes(self):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()) as err:
             self.assertEqual(plot_memory.main(["--measured", os.path.join(folder, "nowhere.json"), "-o", "x.png"] + ["--sizes", ""]), 2)
@@ -355,10 +386,12 @@ class Plot(unittest.TestCase):
         for method in plot_memory.METHODS.values():
             plan = plot_memory.read_plan([PROGRAM, "--config", "7b", *plot_memory.COMMON.split(), *method.split()])
             self.assertEqual(plan["choices"]["merge_workers"]["value"], 0)
+            self.assertEqual(plan["tokens_per_micro_batch"], 256)
         bars = dict((label, sum(parts.values())) for label, parts, _ in plot_memory.planned_bars(PROGRAM, "1b"))
         self.assertEqual(list(bars), list(plot_memory.METHODS))
         self.assertGreater(bars["full, bf16 Adam"], 2 * bars["loqt, bf16 Adam"])
         self.assertGreaterEqual(bars["loqt, bf16 Adam"], bars["loqt, 8-bit Adam"])
+        self.assertGreater(bars["loqt, 8-bit Adam"], bars["loqt, 8-bit Adam, 8-bit gradient sums"])
 
 
 if __name__ == "__main__":
