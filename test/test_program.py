@@ -248,6 +248,16 @@ class NonFiniteTest(ProgramTest):
             self.assertEqual(checkpoints(name)[-1], os.path.basename(checkpoint(name, step)))
             self.assertEqual(non_finite(checkpoint(name, step)), [])
 
+    @unittest.skipUnless(DEVICE == "cpu", "where bf16 overflows is another matter")
+    def test_stop_after_updates_inside_the_backward_pass(self):
+        # A learning rate at which the loss stays finite for a step while the gradient does not: what was updated by then is not saved.
+        name = self.name()
+        line = self.mistake(new_run(name, "--updates", "per_layer", "--micro_batch", "auto", "--lr", 1e30, "--warmup_ratio", 0, "--checkpoint.every", 1), "not finite", "is the last")
+        self.assertNotIn("clip", line)  # which updates per layer refuse
+        step = int(re.search(r"the checkpoint of step (\d+) is the last", line)[1])
+        self.assertEqual(checkpoints(name)[-1], os.path.basename(checkpoint(name, step)))
+        self.assertEqual(non_finite(checkpoint(name, step)), [])
+
     def test_skip(self):
         name = self.train("--lr", 1e30, "--nonfinite", "skip")
         counts = series(name, "train", "skipped")
