@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "method.h"
 #include "ops/matmul.h"
 #include "runtime/metrics.h"
 
@@ -28,6 +29,7 @@ std::vector<Matrix> matrices(const Config& c) {
     return all;
 }
 
+double projected_rank(const Config& c, const Matrix& m) { return std::min({double(c.method.rank), m.out, m.in}); }
 double tokens_of(const Config& c) { return double(c.train.micro_batch) * double(c.train.seq_len); }
 bool factored(const Config& c) { return c.low_rank() && c.train.effective_weights == "factored"; }
 bool cached(const Config& c) { return c.low_rank() && c.train.effective_weights == "cached"; }
@@ -40,10 +42,13 @@ double attention_flops(const Config& c) { return 2.0 * double(c.train.seq_len) *
 
 // FLOPs per token of one matrix: y, dx and dW; low-rank: y, dx, x·P and dB, plus forming s·P·B for the forward and for the backward pass.
 double linear_flops(const Config& c, const Matrix& m) {
-    if (!c.low_rank()) return 6 * m.size();
+    // galore projects the gradient of a step, and its update back.
+    if (!c.low_rank()) return 6 * m.size() + (makes_anew(c) ? 4 * projected_rank(c, m) * m.size() / (double(c.train.batch) * double(c.train.seq_len)) : 0);
+    // A trained P: dy·B and dP too; dy·B is made apart from what factored needs.
+    const double trained_p = method_policy(c).trains_p ? adapter_flops(m) : 0;
     // x·P·B stands beside x·W, dy·B·P beside dy·W; and x·P, if kept, need not be made for dB.
-    if (factored(c)) return 4 * m.size() + 3 * adapter_flops(m) - (m.left() ? 2 * m.rank * m.in : 0);
-    return 4 * m.size() + adapter_flops(m) + builds(c, 2) * 2 * m.rank * m.size() / tokens_of(c);
+    if (factored(c)) return 4 * m.size() + 3 * adapter_flops(m) - (m.left() ? 2 * m.rank * m.in : 0) + trained_p;
+    return 4 * m.size() + adapter_flops(m) + trained_p + builds(c, 2) * 2 * m.rank * m.size() / tokens_of(c);
 }
 
 // What a plain forward pass through it costs once more.
@@ -85,7 +90,7 @@ double machine_flops_per_token(const Config& c) {
 //                    matrix then reaches 250 of them with 256 rows (measured: 211), 510 with 1,280 (533), 670 with 16,384 (697).
 // A CPU moves its bytes for less and begins at once. The optimizer's step costs the same whatever is chosen.
 double cost_per_token(const Config& c, DeviceKind kind, int workers) {
-    const bool cuda = kind == DeviceKind::cuda, nf4 = c.method.name == "loqt";
+    const bool cuda = kind == DeviceKind::cuda, nf4 = method_policy(c).quantized;
     const double per_byte = cuda ? 180 : 5, per_operation = cuda ? 4e9 : 1e5, element = cuda ? 2 : 4;
     const double h = double(c.model.hidden), f = double(c.model.intermediate), kv = double(c.kv_heads() * c.model.head_dim()), layers = double(c.model.layers);
     const double repeated = again(c) ? (layers - 1) / layers : 0;  // share of the forward pass that is run again
@@ -109,12 +114,12 @@ double cost_per_token(const Config& c, DeviceKind kind, int workers) {
         bytes += gradient * m.rank * wide;
         begun += 2;  // P, and its product with x or dy for the gradient of B
         // NF4 is half a byte and becomes an element; W_eff gets P·B added, to W where that is stored as it is needed.
-        if (nf4) bytes += made * (0.516 + element) * (m.size() + m.rank * narrow), begun += 2 * made;
+        if (nf4) bytes += made * (0.516 + element) * (m.size() + (method_policy(c).quantized_p ? m.rank * narrow : 0)), begun += 2 * made;
         if (!factored(c)) bytes += made * (nf4 ? 2 : 4) * element * m.size(), begun += made;
         if (factored(c)) begun += 2 * uses;  // through P, through B
     }
     double per_micro_batch = layers * (per_byte * bytes + per_operation * begun) + 10 * per_operation;
-    double merges = c.low_rank() ? merge_cost_per_token(c, workers) : 0;
+    double merges = method_policy(c).projects ? merge_cost_per_token(c, workers) : 0;
     return machine_flops_per_token(c) + per_byte * moved + per_micro_batch / tokens_of(c) + merges;
 }
 

@@ -5,10 +5,6 @@
 #include "ops/matmul.h"
 #include "runtime/profile.h"
 
-Method method_of(const Config& config) {
-    return config.method.name == "full" ? Method::full : config.method.name == "loqt-nq" ? Method::loqt_nq : Method::loqt;
-}
-
 EffectiveWeights effective_weights_of(const Config& config) {
     const std::string& name = config.train.effective_weights;
     return name == "cached" ? EffectiveWeights::cached : name == "factored" ? EffectiveWeights::factored : EffectiveWeights::rebuilt;
@@ -19,13 +15,17 @@ Recompute recompute_of(const Config& config) {
     return name == "none" ? Recompute::none : name == "block" ? Recompute::block : Recompute::light;
 }
 
-bool merges_inside_backward(const Config& config) { return config.low_rank() && config.optimizer.clip == 0; }
+bool merges_inside_backward(const Config& config) {
+    const MethodPolicy policy = method_policy(config);
+    return policy.adapters && policy.projects && config.optimizer.clip == 0;
+}
 
 int64_t padded_width(int64_t width) { return width % 8 == 0 ? width : round_up(width, 128); }
 
 void LinearGroup::configure(const Config& config, int64_t in, const std::vector<Spec>& specs) {
     config_ = &config;
-    method_ = method_of(config);
+    policy_ = method_policy(config);
+    scale_ = float(adapter_scale(config));
     in_ = in;
     out_padded_ = 0;
     linears_.resize(specs.size());
@@ -59,38 +59,23 @@ void LinearGroup::register_tensors(const Registration& reg) {
     const Config& config = reg.config;
     DType act = reg.device.activation_dtype();
     const std::string& group_name = linears_.front().name;
-    if (method_ == Method::full) {
-        table.add(group_name + ".fused", Family::trained, &fused_, act, out_padded_, in_, false, 0, in_padded());
-        const std::string grad_name = group_name + ".fused.grad";
-        const DType grad_dtype = gradient_dtype(config, reg.device);
-        if (reg.training && updates_per_layer(config)) table.add_shared(grad_name, Family::gradients, &fused_grad_, grad_dtype, out_padded_, in_, 0, in_padded());
-        else if (reg.training) table.add(grad_name, Family::gradients, &fused_grad_, grad_dtype, out_padded_, in_, false, 0, in_padded());
-    } else if (method_ == Method::loqt_nq) {
-        table.add(group_name + ".fused", Family::frozen, &fused_, act, out_padded_, in_, false, 0, in_padded());
+    if (!policy_.quantized)
+        table.add(group_name + ".fused", policy_.trains_w ? Family::trained : Family::frozen, &fused_, act, out_padded_, in_, false, 0, in_padded());
+    if (policy_.trains_w && reg.training) {
+        const std::string name = group_name + ".fused.grad";
+        const DType dtype = gradient_dtype(config, reg.device);
+        if (updates_per_layer(config)) table.add_shared(name, Family::gradients, &fused_grad_, dtype, out_padded_, in_, 0, in_padded());
+        else table.add(name, Family::gradients, &fused_grad_, dtype, out_padded_, in_, false, 0, in_padded());
     }
-    const bool keeps_next = reg.training && !merges_inside_backward(config);
     for (Linear& l : linears_) {
-        if (method_ == Method::full) {
-            l.dense.name = l.name, l.dense.rows = l.out, l.dense.cols = l.in;
-            table.add_part(l.name, &l.dense.value, &fused_, l.row_begin, l.out, l.in, l.out, true);
-            if (reg.training) table.add_part(l.name + ".grad", &l.dense.grad, &fused_grad_, l.row_begin, l.out, l.in, l.out, false);
-            register_moments(reg, l.dense, Precision::weight);
-            continue;
-        }
-        if (method_ == Method::loqt) {
-            register_nf4(table, l.name, Family::frozen, l.w_q, l.out, l.in, config.method.double_quant, true);
-            register_nf4(table, l.name + ".P", Family::frozen, l.p_q, l.rank, l.h(), config.method.double_quant, true);
-            if (keeps_next) register_nf4(table, l.name + ".P_next", Family::projection, l.next.q, l.rank, l.h(), config.method.double_quant, false);
-        } else {
-            table.add_part(l.name, &l.w, &fused_, l.row_begin, l.out, l.in, l.out, true);
-            table.add(l.name + ".P", Family::frozen, &l.p, act, l.rank, l.h(), true);
-            if (keeps_next) table.add(l.name + ".P_next", Family::projection, &l.next.p, act, l.rank, l.h(), false);
-        }
+        register_weight(reg, l);
+        register_projection(reg, l);
+        if (!policy_.adapters) continue;
         register_parameter(reg, l.b, l.name + ".B", l.n(), l.rank, Precision::adapter, padded_width(l.n()));
-        l.b.active = false;
+        l.b.active = !policy_.projects;
     }
-    if (method_ == Method::full) return;
-    if (reg.training && config.method.projection_gradient == "full" && config.micro_batches() > 1)
+    if (!policy_.adapters) return;
+    if (reg.training && policy_.projects && config.method.projection_gradient == "full" && config.micro_batches() > 1)
         table.add(group_name + ".merge_gradient", Family::projection, &merge_gradient_, DType::f32, out_padded_, in_padded(), false);
     if (reg.training && effective_weights_of(config) == EffectiveWeights::cached)
         table.add(group_name + ".effective", Family::effective, &effective_, act, out_padded_, in_padded(), false);
@@ -98,19 +83,55 @@ void LinearGroup::register_tensors(const Registration& reg) {
         table.add(group_name + ".xP", Family::activations, &kept_u_, act, config.train.micro_batch * config.train.seq_len, left_rank(), false);
 }
 
+void LinearGroup::register_weight(const Registration& reg, Linear& l) {
+    if (policy_.quantized) return register_nf4(reg.table, l.name, Family::frozen, l.w_q, l.out, l.in, reg.config.method.double_quant, true);
+    if (!policy_.trains_w) return reg.table.add_part(l.name, &l.w, &fused_, l.row_begin, l.out, l.in, l.out, true);
+    l.dense.name = l.name, l.dense.rows = l.out, l.dense.cols = l.in;
+    reg.table.add_part(l.name, &l.dense.value, &fused_, l.row_begin, l.out, l.in, l.out, true);
+    if (reg.training) reg.table.add_part(l.name + ".grad", &l.dense.grad, &fused_grad_, l.row_begin, l.out, l.in, l.out, false);
+    if (!policy_.projects) return register_moments(reg, l.dense, Precision::weight);
+    l.b.name = l.name + ".projected", l.b.rows = l.n(), l.b.cols = l.rank;
+    register_moments(reg, l.b, Precision::weight);
+    l.dense.take_step = [this, &l](Device& device, const AdamStep& step) { galore_step(device, l, step); };
+}
+
+void LinearGroup::register_projection(const Registration& reg, Linear& l) {
+    const std::string name = l.name + (policy_.trains_p ? ".A" : ".P");
+    const DType act = reg.device.activation_dtype();
+    const bool nested = reg.config.method.double_quant, keeps_next = reg.training && policy_.adapters && !merges_inside_backward(reg.config);
+    if (policy_.trains_p) return register_parameter(reg, l.a, name, l.rank, l.h(), Precision::adapter);
+    if (!policy_.projects) return;
+    if (policy_.quantized_p) {
+        register_nf4(reg.table, name, Family::frozen, l.p_q, l.rank, l.h(), nested, true);
+        if (keeps_next) register_nf4(reg.table, name + "_next", Family::projection, l.next.q, l.rank, l.h(), nested, false);
+    } else {
+        reg.table.add(name, Family::frozen, &l.p, act, l.rank, l.h(), true);
+        if (keeps_next) reg.table.add(name + "_next", Family::projection, &l.next.p, act, l.rank, l.h(), false);
+    }
+}
+
 void LinearGroup::initialize(Device& device, const WeightSource& source) {
     for (Linear& l : linears_) {
         ScratchScope scope(device);
         Tensor w = scope.tensor("initial weights", DType::f32, l.out, l.in);
         load_source(device, w, l, source);
-        if (method_ == Method::loqt) nf4_quantize(device, l.w_q, w, nullptr);
-        else convert(device, method_ == Method::full ? l.dense.value : l.w, w);
+        store_w(device, l, w);
+        if (policy_.trains_p) initialize_factors(device, l, w);
     }
     invalidate();
 }
 
 void LinearGroup::collect(std::vector<Parameter*>& parameters) {
-    for (Linear& l : linears_) parameters.push_back(method_ == Method::full ? &l.dense : &l.b);
+    for (Linear& l : linears_) {
+        if (policy_.trains_w) parameters.push_back(&l.dense);
+        if (policy_.trains_p) parameters.push_back(&l.a);
+        if (policy_.adapters) parameters.push_back(&l.b);
+    }
+}
+
+void LinearGroup::restored() {
+    for (Linear& l : linears_) l.projected = policy_.adapters ? l.b.active : policy_.projects && l.dense.updates > 0;
+    invalidate();
 }
 
 void LinearGroup::load_source(Device& device, Tensor w, const Linear& l, const WeightSource& source) const {
@@ -118,17 +139,24 @@ void LinearGroup::load_source(Device& device, Tensor w, const Linear& l, const W
 }
 
 void LinearGroup::load_w(Device& device, Tensor w, const Linear& l) const {
-    if (method_ == Method::loqt) nf4_dequantize(device, w, l.w_q);
-    else convert(device, w, method_ == Method::full ? l.dense.value : l.w);
+    if (policy_.quantized) nf4_dequantize(device, w, l.w_q);
+    else convert(device, w, policy_.trains_w ? l.dense.value : l.w);
+}
+
+void LinearGroup::store_w(Device& device, const Linear& l, Tensor w) const {
+    if (policy_.quantized) nf4_quantize(device, l.w_q, w, nullptr);
+    else convert(device, policy_.trains_w ? l.dense.value : l.w, w);
 }
 
 void LinearGroup::load_p(Device& device, Tensor p, const Linear& l) const {
-    if (method_ == Method::loqt) nf4_dequantize(device, p, l.p_q);
+    if (policy_.trains_p) convert(device, p, l.a.value);
+    else if (policy_.quantized_p) nf4_dequantize(device, p, l.p_q);
     else convert(device, p, l.p);
 }
 
 Tensor LinearGroup::dequantized_p(Device& device, ScratchScope& scope, const Linear& l, DType dtype) const {
-    if (method_ == Method::loqt_nq && dtype == l.p.dtype) return l.p;
+    Tensor stored = policy_.trains_p ? l.a.value : l.p;  // no rows where it is NF4
+    if (stored.rows && dtype == stored.dtype) return stored;
     Tensor p = scope.tensor("P", dtype, l.rank, l.h());
     load_p(device, p, l);
     return p;
@@ -147,7 +175,7 @@ void LinearGroup::load_fused(Device& device, Tensor w) {
 
 // w += s·P·B
 void LinearGroup::add_adapters(Device& device, Tensor w) {
-    float s = float(config_->method.scale);
+    float s = scale_;
     for (const Linear& l : linears_) {
         if (!has_adapter(device, l)) continue;
         ScratchScope scope(device);
@@ -158,8 +186,13 @@ void LinearGroup::add_adapters(Device& device, Tensor w) {
     }
 }
 
+void LinearGroup::add_adapter(Device& device, const Linear& l, Tensor w, Tensor p, Tensor b, float beta, float factor) const {
+    if (l.right) matmul(device, w, factor, p, Op::transpose, b, Op::transpose, beta);
+    else matmul(device, w, factor, b, Op::none, p, Op::none, beta);
+}
+
 Tensor LinearGroup::effective_weight(Device& device, ScratchScope& scope) {
-    if (method_ == Method::full) return Tensor{fused_.data, fused_.dtype, out_padded_, in_padded(), fused_.ld};
+    if (policy_.trains_w) return Tensor{fused_.data, fused_.dtype, out_padded_, in_padded(), fused_.ld};
     ProfileLabel label(device, "effective weights");
     if (effective_) {
         if (!effective_fresh_) load_fused(device, effective_), add_adapters(device, effective_);
@@ -173,7 +206,7 @@ Tensor LinearGroup::effective_weight(Device& device, ScratchScope& scope) {
 }
 
 Tensor LinearGroup::weight_without_adapters(Device& device, ScratchScope& scope) {
-    if (method_ != Method::loqt) return Tensor{fused_.data, fused_.dtype, out_padded_, in_padded(), fused_.ld};
+    if (!policy_.quantized) return Tensor{fused_.data, fused_.dtype, out_padded_, in_padded(), fused_.ld};
     ProfileLabel label(device, "effective weights");
     Tensor w = scope.tensor("dequantized weights", device.activation_dtype(), out_padded_, in_padded());
     load_fused(device, w);
@@ -205,7 +238,7 @@ void LinearGroup::input_gradient(Device& device, Tensor dx, Tensor dy) {
 
 // y += s·(x·Pᵀ)·Bᵀ (left), s·(x·B)·P (right).
 void LinearGroup::add_factored_forward(Device& device, Tensor y, Tensor x) {
-    float s = float(config_->method.scale);
+    float s = scale_;
     ScratchScope scope(device);
     Tensor u = left_rank() ? projected_input(device, scope, x) : Tensor{};
     int64_t column = 0;
@@ -226,7 +259,7 @@ void LinearGroup::add_factored_forward(Device& device, Tensor y, Tensor x) {
 
 // dx += s·(dy·B)·P (left; the matrices of a group add up, so the second product is one), s·(dy·Pᵀ)·Bᵀ (right).
 void LinearGroup::add_factored_input_gradient(Device& device, Tensor dx, Tensor dy) {
-    float s = float(config_->method.scale);
+    float s = scale_;
     for (const Linear& l : linears_) {
         if (!l.right) continue;
         ScratchScope scope(device);
@@ -252,14 +285,15 @@ void LinearGroup::add_factored_input_gradient(Device& device, Tensor dx, Tensor 
 // ---- Gradients of what is trained
 
 void LinearGroup::parameter_gradients(Device& device, Tensor dy, Tensor x, const BackwardPass& pass) {
-    if (method_ == Method::full) return weight_gradients(device, dy, x, pass);
+    if (policy_.trains_w) return weight_gradients(device, dy, x, pass);
     factor_gradients(device, dy, x, pass);
-    if (pass.merges) project_gradients(device, dy, x, pass);
+    if (pass.merges && policy_.projects) project_gradients(device, dy, x, pass);
 }
 
 // dW += dyᵀ·x, for the whole group at once where it can go straight to where it is kept.
 void LinearGroup::weight_gradients(Device& device, Tensor dy, Tensor x, const BackwardPass& pass) {
     ProfileLabel label(device, "weight gradients");
+    refresh_ = policy_.projects && pass.merges;
     GradientPart part = pass.part(*config_);
     if (fused_grad_.dtype == DType::f32 || part.only) {
         matmul(device, Tensor{fused_grad_.data, fused_grad_.dtype, out_padded_, in_padded(), fused_grad_.ld}, 1.0f, dy, Op::transpose, x, Op::none, part.first ? 0.0f : 1.0f);
@@ -298,10 +332,11 @@ Tensor LinearGroup::projected_input(Device& device, ScratchScope& scope, Tensor 
     return u;
 }
 
-// dB += s·dyᵀ·(x·Pᵀ) (left), s·xᵀ·(dy·Pᵀ) (right). The left matrices of a group share x, so their projections are one product.
+// dB += s·dyᵀ·(x·Pᵀ) (left), s·xᵀ·(dy·Pᵀ) (right), and where P is trained dP += s·(dy·B)ᵀ·x (left), s·(x·B)ᵀ·dy (right). The left matrices of a
+// group share x, so their projections are one product.
 void LinearGroup::factor_gradients(Device& device, Tensor dy, Tensor x, const BackwardPass& pass) {
     ProfileLabel label(device, "B gradients");
-    float s = float(config_->method.scale);
+    const float s = scale_;
     ScratchScope scope(device);
     Tensor u;
     if (kept_u_.rows) u = kept_u_.row_slice(0, x.rows);
@@ -309,19 +344,30 @@ void LinearGroup::factor_gradients(Device& device, Tensor dy, Tensor x, const Ba
     int64_t column = 0;
     for (Linear& l : linears_) {
         ScratchScope inner(device);
-        Tensor a = dy.col_slice(l.row_begin, l.right ? l.out : l.b.value.rows), b;  // dB = s·aᵀ·b
+        const bool has = has_adapter(device, l);
+        Tensor narrow = l.right ? dy.col_slice(l.row_begin, l.out) : x.col_slice(0, in_);               // on P's side, (T, h)
+        Tensor wide = l.right ? x : dy.col_slice(l.row_begin, l.b.value.rows), projected;               // on B's side, (T, n)
         if (l.right) {
-            Tensor p = dequantized_p(device, inner, l, dy.dtype), projected = inner.tensor("dy·P", dy.dtype, dy.rows, l.rank);
-            if (has_adapter(device, l)) matmul(device, projected, 1.0f, a, Op::none, p, Op::transpose);
-            a = x, b = projected;
+            Tensor p = dequantized_p(device, inner, l, dy.dtype);
+            projected = inner.tensor("dy·P", dy.dtype, dy.rows, l.rank);
+            if (has) matmul(device, projected, 1.0f, narrow, Op::none, p, Op::transpose);
         } else {
-            b = u.col_slice(column, l.rank);
+            projected = u.col_slice(column, l.rank);
             column += l.rank;
         }
-        if (has_adapter(device, l))
-            add_gradient(device, l.b, pass.part(*config_), [&](Tensor into, int64_t row, float beta) {
-                matmul(device, into, s, a.col_slice(row, into.rows), Op::transpose, b, Op::none, beta);
-            });
+        auto gradient = [&](Parameter& parameter, Tensor rows_side, Tensor cols_side) {  // s·rows_sideᵀ·cols_side
+            if (has)
+                add_gradient(device, parameter, pass.part(*config_), [&](Tensor into, int64_t row, float beta) {
+                    matmul(device, into, s, rows_side.col_slice(row, into.rows), Op::transpose, cols_side, Op::none, beta);
+                });
+        };
+        if (policy_.trains_p) {
+            Tensor through_b = inner.tensor("dy·B", dy.dtype, dy.rows, l.rank);
+            matmul(device, through_b, 1.0f, wide, Op::none, l.b.value, Op::none);
+            gradient(l.a, through_b, narrow);
+            if (pass.update) pass.update(l.a);
+        }
+        gradient(l.b, wide, projected);
         if (pass.update) pass.update(l.b);
     }
 }
@@ -330,13 +376,11 @@ void LinearGroup::read_effective(Device& device, const Linear& l, std::vector<fl
     ScratchScope scope(device);
     Tensor w = scope.tensor("exported weights", DType::f32, l.out, l.in);
     load_w(device, w, l);
-    if (method_ != Method::full && (l.projected || device.dry())) {
+    if (policy_.adapters && has_adapter(device, l)) {
         Tensor p = dequantized_p(device, scope, l, DType::f32);
         Tensor b = scope.tensor("B in fp32", DType::f32, l.n(), l.rank);
         convert(device, b, l.b.logical(l.b.value));
-        float s = float(config_->method.scale);
-        if (l.right) matmul(device, w, s, p, Op::transpose, b, Op::transpose, 1.0f);
-        else matmul(device, w, s, b, Op::none, p, Op::none, 1.0f);
+        add_adapter(device, l, w, p, b, 1.0f, scale_);
     }
     out.resize(l.out * l.in);
     device.download(out.data(), w.data, w.bytes());

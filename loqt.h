@@ -7,18 +7,16 @@
 // Side n is padded in memory to a multiple of 128 where it is not one of 8 (odd widths halve a tensor core's speed or worse);
 // padding holds zeros and never reaches a file, a scale block or a moment.
 //
-// The other methods are the same layer under another policy: `full` trains W itself and has no P and B; `loqt-nq` keeps W and P in bf16.
+// The other methods are the same layer under another policy (method.h).
 #pragma once
 #include <functional>
 #include <string>
 #include <vector>
 
+#include "method.h"
 #include "nf4.h"
 #include "parameter.h"
 #include "projection.h"
-
-enum class Method { full, loqt, loqt_nq };
-Method method_of(const Config& config);
 
 // How a low-rank method multiplies by W_eff = W + s·P·B (train.effective_weights):
 //   cached    W_eff in bf16, formed once per optimizer step and kept: the fewest FLOPs, 2 bytes per weight
@@ -48,8 +46,8 @@ int64_t padded_width(int64_t width);  // width if a multiple of 8, else the next
 
 // A projection between its making and its installation.
 struct NextProjection {
-    Nf4Tensor q;                      // loqt
-    Tensor p;                         // loqt-nq: (r, h)
+    Nf4Tensor q;                      // in NF4
+    Tensor p;                         // in bf16: (r, h)
 };
 
 struct Linear {
@@ -60,12 +58,13 @@ struct Linear {
     int64_t rank = 0;
     bool projected = false;           // P and B exist (from the first re-initialisation on)
 
-    Nf4Tensor w_q, p_q;               // loqt
-    Tensor w;                         // loqt-nq: (out, in), part of the group's fused matrix
-    Tensor p;                         // loqt-nq: (r, h)
+    Nf4Tensor w_q, p_q;               // in NF4
+    Tensor w;                         // in bf16: (out, in), part of the group's fused matrix
+    Tensor p;                         // in bf16: (r, h)
     NextProjection next;              // only where merges wait for the end of the backward pass
-    Parameter b;                      // (n, r)
-    Parameter dense;                  // full: W as a parameter
+    Parameter a;                      // P (r, h) where it is trained
+    Parameter b;                      // (n, r); galore: moments only, of the projected gradient
+    Parameter dense;                  // W where it is trained
     bool next_ready = false;          // this merge step's projection has been made
     bool merged = false;              // and installed
     float captured_energy = 0;
@@ -136,25 +135,30 @@ class LinearGroup {
     // source: the true weights, for matrices that merge for the first time; may be null once all have.
     void start_reinitialization(Device& device, int64_t step, const WeightSource* source);
     void finish_reinitialization(MergeStatistics& statistics);
+    // After a checkpoint has been read: what follows from its counters.
+    void restored();
     // The trained state changed: cached effective weights are stale.
     void invalidate() { effective_fresh_ = false; }
     // W_eff of one matrix in fp32, row-major out × in, to the host (export, tests).
     void read_effective(Device& device, const Linear& linear, std::vector<float>& out);
 
   private:
+    void register_weight(const Registration& reg, Linear& l);
+    void register_projection(const Registration& reg, Linear& l);
     // W_eff as (out_padded, in_padded) in the activations' dtype; without_adapters: W alone. From scratch where it is not kept anyway.
     Tensor effective_weight(Device& device, ScratchScope& scope);
     Tensor weight_without_adapters(Device& device, ScratchScope& scope);
     void load_fused(Device& device, Tensor w);
     void add_adapters(Device& device, Tensor w);
-    bool factored() const { return method_ != Method::full && effective_weights_of(*config_) == EffectiveWeights::factored; }
+    bool factored() const { return policy_.adapters && effective_weights_of(*config_) == EffectiveWeights::factored; }
     bool has_adapter(const Device& device, const Linear& l) const { return l.projected || device.dry(); }
     void add_factored_forward(Device& device, Tensor y, Tensor x);
     void add_factored_input_gradient(Device& device, Tensor dx, Tensor dy);
     // The true initial weights of a matrix to w, f32.
     void load_source(Device& device, Tensor w, const Linear& linear, const WeightSource& source) const;
-    // The stored W (without adapters) or P of a matrix, in the destination's dtype.
+    // The stored W (without adapters) or P of a matrix, in the destination's dtype; and w to where W is stored.
     void load_w(Device& device, Tensor w, const Linear& linear) const;
+    void store_w(Device& device, const Linear& linear, Tensor w) const;
     void load_p(Device& device, Tensor p, const Linear& linear) const;
     Tensor dequantized_p(Device& device, ScratchScope& scope, const Linear& l, DType dtype) const;
     // The P of all left matrices, one below the other: (left_rank(), in), and x times their transpose: (T, left_rank()).
@@ -167,10 +171,23 @@ class LinearGroup {
     void project_one(Device& device, Linear& l, Tensor dy, Tensor x, const BackwardPass& pass);
     NextProjection scratch_projection(ScratchScope& scope, const Linear& l) const;
     void reinitialize_one(Device& device, Linear& l, const NextProjection& next, int64_t step, const WeightSource* source);
+    // w ← beta·w + factor·P·B as the matrix has it (out, in); all f32.
+    void add_adapter(Device& device, const Linear& l, Tensor w, Tensor p, Tensor b, float beta, float factor) const;
+    // P trained (lora.cpp).
+    void initialize_factors(Device& device, Linear& l, Tensor w);
+    void random_factors(Device& device, Linear& l, int64_t step);
+    void loftq_factors(Device& device, Linear& l, Tensor w);
+    void balance(Device& device, Tensor p, Tensor b, Tensor scales, Tensor product) const;
+    void restart(Device& device, Linear& l, int64_t step);
+    // galore.cpp
+    void galore_step(Device& device, Linear& l, AdamStep step);
+    void refresh_projection(Device& device, Linear& l, Tensor gradient, int64_t step);
     void carry_moments(Device& device, Linear& l, Tensor p_old, Tensor p_new, int64_t step);
 
     const Config* config_ = nullptr;
-    Method method_ = Method::loqt;
+    MethodPolicy policy_{};
+    float scale_ = 1;
+    bool refresh_ = false;            // galore: the step under way takes a new P
     int64_t in_ = 0, out_padded_ = 0;
     std::vector<Linear> linears_;
     Tensor fused_, fused_grad_;       // full: W and dW; loqt-nq: W

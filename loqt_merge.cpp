@@ -15,7 +15,7 @@
 // Room for the next projection of a matrix in scratch memory.
 NextProjection LinearGroup::scratch_projection(ScratchScope& scope, const Linear& l) const {
     NextProjection next;
-    if (method_ == Method::loqt) {
+    if (policy_.quantized_p) {
         next.q = l.p_q;
         for (auto part : {&Nf4Tensor::codes, &Nf4Tensor::absmax, &Nf4Tensor::codes8, &Nf4Tensor::scale2, &Nf4Tensor::offset})
             if (Tensor t = l.p_q.*part; t.numel()) next.q.*part = scope.tensor("next P", t.dtype, t.rows, t.cols);
@@ -72,7 +72,7 @@ void LinearGroup::project_one(Device& device, Linear& l, Tensor dy, Tensor x, co
             l.next_ready = result.ok || d.dry();
             l.captured_energy = result.captured_energy;
             if (!l.next_ready) return;
-            if (method_ == Method::loqt) nf4_quantize(d, next.q, p, nullptr);
+            if (policy_.quantized_p) nf4_quantize(d, next.q, p, nullptr);
             else convert(d, next.p, p);
         }
         projection_scope = nullptr;
@@ -85,6 +85,7 @@ void LinearGroup::project_one(Device& device, Linear& l, Tensor dy, Tensor x, co
 void LinearGroup::start_reinitialization(Device& device, int64_t step, const WeightSource* source) {
     ProfileLabel label(device, "merge");
     for (Linear& l : linears_) {
+        if (policy_.trains_p) restart(device, l, step);
         if (!l.next_ready || l.merged) continue;
         auto job = [this, &l, step, source](Device& d) { reinitialize_one(d, l, l.next, step, source); };
         if (device.workers()) device.workers()->start(device.workers()->idle(), job);
@@ -110,7 +111,7 @@ void LinearGroup::finish_reinitialization(MergeStatistics& statistics) {
 
 void LinearGroup::reinitialize_one(Device& device, Linear& l, const NextProjection& next, int64_t step, const WeightSource* source) {
     ScratchScope scope(device);
-    float s = float(config_->method.scale);
+    float s = scale_;
     Tensor b = l.b.logical(l.b.value);
 
     // W in fp32 with the old adapters merged in.
@@ -118,7 +119,7 @@ void LinearGroup::reinitialize_one(Device& device, Linear& l, const NextProjecti
     if (source && !l.projected) load_source(device, w, l, *source);
     else load_w(device, w, l);
     Tensor p_new = scope.tensor("new P", DType::f32, l.rank, l.h());
-    if (method_ == Method::loqt) nf4_dequantize(device, p_new, next.q);
+    if (policy_.quantized_p) nf4_dequantize(device, p_new, next.q);
     else convert(device, p_new, next.p);
     if (l.projected || device.dry()) {
         ScratchScope old_scope(device);
@@ -126,20 +127,22 @@ void LinearGroup::reinitialize_one(Device& device, Linear& l, const NextProjecti
         load_p(device, p_old, l);
         Tensor b_old = old_scope.tensor("old B", DType::f32, l.n(), l.rank);
         convert(device, b_old, b);
-        if (l.right) matmul(device, w, s, p_old, Op::transpose, b_old, Op::transpose, 1.0f);
-        else matmul(device, w, s, b_old, Op::none, p_old, Op::none, 1.0f);
+        add_adapter(device, l, w, p_old, b_old, 1.0f, s);
         carry_moments(device, l, p_old, p_new, step);
     }
 
     // W, P and B anew.
-    if (method_ == Method::loqt) {
+    if (policy_.quantized) {
         CompensationResult result = quantize_with_compensation(device, l.w_q, b, w, p_new, l.right, s, int(config_->method.compensation_rounds));
         l.quant_error = result.error, l.plain_quant_error = result.quant_error;
+    } else {
+        store_w(device, l, w);
+        device.zero(l.b.value);
+    }
+    if (policy_.quantized_p) {
         for (auto part : {&Nf4Tensor::codes, &Nf4Tensor::absmax, &Nf4Tensor::codes8, &Nf4Tensor::scale2, &Nf4Tensor::offset})
             if ((l.p_q.*part).numel()) device.copy((l.p_q.*part).data, (next.q.*part).data, (l.p_q.*part).bytes());
     } else {
-        convert(device, l.w, w);
-        device.zero(l.b.value);
         device.copy(l.p.data, next.p.data, l.p.bytes());
     }
     if (l.b.moments.correction) device.zero(l.b.moments.correction);
@@ -157,7 +160,7 @@ void LinearGroup::carry_moments(Device& device, Linear& l, Tensor p_old, Tensor 
     if (policy == "reset") {
         for (Tensor t : {state.m, state.v, state.m_absmax, state.v_absmax})
             if (t) device.zero(t);
-        l.b.updates = 0;
+        (policy_.trains_w ? l.dense : l.b).updates = 0;
         return;
     }
     ScratchScope scope(device);

@@ -38,8 +38,8 @@ constexpr Nf4Tables make_tables() {
 
 constexpr Nf4Tables kTables = make_tables();
 
-// The thresholds lie in different cells of width 1/16, so one comparison with the one in z's cell settles the code. Two arrays of 4-byte
-// elements, not one of pairs: in shared memory all but the last lie in different banks.
+// Cell c: the numbers next to (c − 16)/16. The thresholds lie in different cells, so one comparison with the one in z's cell settles the
+// code. Two arrays of 4-byte elements, not one of pairs: in shared memory all but the last lie in different banks.
 struct Nf4Cells {
     float threshold[33];  // in the cell, else nothing exceeds it
     uint32_t code[33];    // of numbers in the cell up to the threshold
@@ -48,7 +48,7 @@ struct Nf4Cells {
 constexpr Nf4Cells make_cells() {
     Nf4Cells cells{};
     for (int c = 0; c < 33; ++c) {
-        const double begin = (8.0 * c - 0.5) / 128.0 - 1.0, end = begin + 1.0 / 16.0;  // see nf4_code for where a cell begins
+        const double begin = (c - 16.5) / 16, end = (c - 15.5) / 16;
         cells.threshold[c] = FLT_MAX;
         for (int i = 0; i < 15; ++i) {
             if (double(kTables.threshold[i]) < begin) ++cells.code[c];
@@ -62,9 +62,9 @@ constexpr Nf4Cells kCells = make_cells();
 
 // Number of thresholds below z, |z| ≤ 1 or next to it.
 HOST_DEVICE uint32_t nf4_code(const Nf4Cells& cells, float z) {
-    // 128·z + 128, rounded, ends up in the low bits of a float near 1.5·2²³; the product is exact, fused or not. A cell is eight of those.
-    const uint32_t index = bits_of_float(z * 128.0f + (12582912.0f + 128.0f)) >> 3 & 63u;
-    return cells.code[index] + (z > cells.threshold[index] ? 1u : 0u);
+    // 16·z + 16, rounded, ends up in the low bits of a float near 1.5·2²³; the product is exact, fused or not.
+    const uint32_t cell = bits_of_float(z * 16.0f + (12582912.0f + 16.0f)) & 63u;
+    return cells.code[cell] + (z > cells.threshold[cell] ? 1u : 0u);
 }
 
 // 1/a, or 0 where that would overflow: zero and subnormal maxima count as zero.
@@ -228,9 +228,13 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(uint8_t* codes, floa
             if (count[u]) in[u].load(w.data + row * grid.ld + int64_t(index) * 8);
         } else if (count[u]) {
             FlatCursor<const T> cursor(w, int64_t(group) * 8);
+            if (count[u] == 8 && cursor.left_in_row() >= 8 && Pack8<T>::aligned(cursor.pointer())) {
+                in[u].load(cursor.pointer());
+            } else {
 #pragma unroll
-            for (int k = 0; k < 8; ++k)
-                if (k < count[u]) in[u].x[k] = *cursor, ++cursor;
+                for (int k = 0; k < 8; ++k)
+                    if (k < count[u]) in[u].x[k] = *cursor, ++cursor;
+            }
         }
     }
     if (threadIdx.x < 33) cells.threshold[threadIdx.x] = kDeviceCells.threshold[threadIdx.x], cells.code[threadIdx.x] = kDeviceCells.code[threadIdx.x];
@@ -261,7 +265,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(uint8_t* codes, floa
 
         uint32_t packed = 0;
 #pragma unroll
-        for (int k = 0; k < 8; ++k) packed |= nf4_code(cells, x[k] * inverse) << (4 * (k ^ 1));  // even element: high nibble
+        for (int k = 7; k >= 0; --k) packed = packed * 16 + nf4_code(cells, x[k ^ 1] * inverse);  // even element: high nibble
         if (whole) {
             reinterpret_cast<uint32_t*>(codes)[group] = packed;
         } else {

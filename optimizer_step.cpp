@@ -1,15 +1,21 @@
 #include "optimizer_step.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "ops/elementwise.h"
 
 double learning_rate(const Config& config, int64_t step) {
     const OptimizerConfig& o = config.optimizer;
+    // relora: after a restart the rate rises again from near zero.
+    const std::vector<int64_t> restarts = config.method.name == "relora" ? merge_steps(config) : std::vector<int64_t>{};
+    auto restart = std::lower_bound(restarts.begin(), restarts.end(), step);  // the first at or after this step
+    double rise = 1;
+    if (restart != restarts.begin()) rise = std::min(1.0, double(step - *std::prev(restart)) / double(std::max<int64_t>(1, config.method.relora_warmup)));
     double total = double(config.train.steps), warmup = std::floor(o.warmup_ratio * total), u = double(step);
-    if (u < warmup) return o.lr * (u + 1) / warmup;
+    if (u < warmup) return rise * o.lr * (u + 1) / warmup;
     double progress = total > warmup ? (u - warmup) / (total - warmup) : 1.0;
-    return o.lr * (o.min_lr_ratio + (1 - o.min_lr_ratio) * 0.5 * (1 + std::cos(3.141592653589793 * progress)));
+    return rise * o.lr * (o.min_lr_ratio + (1 - o.min_lr_ratio) * 0.5 * (1 + std::cos(3.141592653589793 * progress)));
 }
 
 StepSums::StepSums(Device& device, Llama& model, const Config& config) : device_(device), parameters_(model.parameters().size()) {
@@ -58,7 +64,9 @@ void StepSums::read(Llama& model, int64_t count, double* loss_sum, double* gradi
 void update_parameter(Device& device, const Config& config, Parameter& p, int64_t step, double lr, double grad_scale) {
     if (!p.active && !device.dry()) return;
     ScratchScope scope(device);
-    adam_update(device, p.logical(p.value), load_gradient(device, scope, p), p.moments, adam_step(config, p, lr, grad_scale, step), nullptr);
+    const AdamStep adam = adam_step(config, p, lr, grad_scale, step);
+    if (p.take_step) p.take_step(device, adam);
+    else adam_update(device, p.logical(p.value), load_gradient(device, scope, p), p.moments, adam, nullptr);
     ++p.updates;
 }
 

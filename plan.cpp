@@ -44,7 +44,7 @@ MemoryPlan plan_memory(const Config& config, DeviceKind kind, int workers) {
     StepSums sums(*device, model, config);
     const int64_t blocks = device->allocated_bytes() - before;
     StepPlan step;
-    step.merges = config.low_rank();
+    step.merges = makes_anew(config);
     accumulate_gradients(*device, model, config, sums, {batch}, step);
     apply_gradients(*device, model, config, step, 0);
     if (step.merges) model.merge(0, nullptr);
@@ -70,7 +70,8 @@ namespace {
 
 // How many threads may share the work of merges, most first. A CPU has no idle cores to give them.
 std::vector<int> worker_counts(const Config& config, DeviceKind kind) {
-    if (kind != DeviceKind::cuda || !config.low_rank()) return {0};
+    const MethodPolicy policy = method_policy(config);
+    if (kind != DeviceKind::cuda || !policy.adapters || !policy.projects) return {0};
     return {kMergeWorkers, kMergeWorkers / 2, 0};
 }
 
@@ -109,13 +110,22 @@ class LargestThatFits {
     int64_t budget_, least_total_ = std::numeric_limits<int64_t>::max(), least_size_ = 0;
 };
 
-std::vector<PlannedChoice> choices_of(const Config& asked, const Config& config, int workers) {
+// How gradients are really kept (parameter.cpp), where that is not as train.gradients has it.
+std::string gradients_remark(const Config& config, DeviceKind kind) {
+    const bool cuda = kind == DeviceKind::cuda;
+    const std::string& asked = config.train.gradients;
+    if (asked == "bf16") return cuda ? "" : "fp32, as all on a CPU";
+    if (asked != "int8" || (config.low_rank() && config.micro_batches() > 1)) return "";
+    return format("%s: %s", cuda ? "bf16" : "fp32", config.low_rank() ? "one micro-batch a step, so nothing is summed" : "8 bits are for adapters only");
+}
+
+std::vector<PlannedChoice> choices_of(const Config& asked, const Config& config, DeviceKind kind, int workers) {
     const TrainConfig& t = config.train;
     std::vector<PlannedChoice> all{{"train.micro_batch", std::to_string(t.micro_batch), asked.train.micro_batch == 0},
                                    {"train.recompute", t.recompute, asked.train.recompute == "auto"}};
     if (config.low_rank()) all.push_back({"train.effective_weights", t.effective_weights, asked.train.effective_weights == "auto"});
     all.push_back({"train.updates", t.updates, false});
-    all.push_back({"train.gradients", t.gradients, false});
+    all.push_back({"train.gradients", t.gradients, false, gradients_remark(config, kind)});
     all.push_back({"optimizer.moments", config.optimizer.moments, false});
     all.push_back({"optimizer.embedding_moments", embedding_moments(config), config.optimizer.embedding_moments == "auto"});
     all.push_back({"merge_workers", std::to_string(workers), true});
@@ -141,9 +151,9 @@ MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget, bool res
                 if (cost < least) least = cost, plan = found, config = trial;
             }
     if (!plan)
-        throw UserError(format("does not fit: %s planned at a micro-batch of %lld sequences, %s allowed; %s", amount(largest.least_total()).c_str(),
+        throw UserError(format("does not fit: %s planned for %s at a micro-batch of %lld, %s allowed; %s", amount(largest.least_total()).c_str(), kind == DeviceKind::cuda ? "a GPU" : "the CPU",
                                (long long)largest.least_size(), amount(budget).c_str(), what_would_fit(asked, kind, budget, resumed).c_str()));
-    plan->choices = choices_of(asked, config, plan->workers);
+    plan->choices = choices_of(asked, config, kind, plan->workers);
     return *plan;
 }
 

@@ -12,6 +12,7 @@
 struct PlannedChoice {
     std::string key, value;  // configuration key, or "merge_workers"
     bool automatic;
+    std::string remark = {};  // what the value comes to here, if that is not what it says
 };
 
 struct MemoryPlan {

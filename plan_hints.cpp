@@ -12,6 +12,7 @@ constexpr int64_t kMostTokensCuda = 131072, kMostTokensCpu = 2048;
 
 std::vector<int64_t> micro_batch_sizes(const Config& config, DeviceKind kind) {
     if (config.train.micro_batch) return {config.train.micro_batch};
+    if (config.train.updates == "per_layer") return {config.train.batch};
     int64_t most_tokens = kind == DeviceKind::cuda ? kMostTokensCuda : kMostTokensCpu;
     std::vector<int64_t> sizes;
     for (int64_t m = std::min(config.train.batch, std::max<int64_t>(1, most_tokens / config.train.seq_len)); m >= 1; --m)
@@ -92,16 +93,18 @@ std::vector<Change> memory_savers(const Config& config, DeviceKind kind, bool re
     offer(config.optimizer.moments != "int8", {{"optimizer.moments", "int8"}});
     offer(cuda && low_rank && config.train.gradients != "int8" && !per_layer, {{"train.gradients", "int8"}});
     offer(embedding == "fp32", {{"optimizer.embedding_moments", "bf16"}});
-    offer(embedding != "int8", {{"optimizer.embedding_moments", "int8"}});
-    for (int64_t batch = config.train.batch; !per_layer && batch >= 1; batch /= 2) {
-        Change change{{"train.updates", "per_layer"}, {"train.batch", std::to_string(batch)}};
+    // From here on what is trained changes, and not only how it is kept.
+    int64_t rank = config.method.rank / 2;
+    for (int i = 0; i < 2 && rank >= 16; ++i, rank /= 2) offer(low_rank, {{"method.rank", std::to_string(rank)}});
+    for (int64_t batch = per_layer ? config.train.batch / 2 : config.train.batch; batch >= 1; batch /= 2) {
+        Change change{{"train.batch", std::to_string(batch)}};
+        if (!per_layer) change.insert(change.begin(), {"train.updates", "per_layer"});
         if (config.train.micro_batch) change.insert(change.begin(), {"train.micro_batch", "auto"});
         if (config.optimizer.clip > 0) change.push_back({"optimizer.clip", "0"});
         changes.push_back(change);
     }
-    for (int64_t batch = config.train.batch / 2; per_layer && batch >= 1; batch /= 2)
-        changes.push_back({{"train.micro_batch", "auto"}, {"train.batch", std::to_string(batch)}});
-    for (int64_t rank = config.method.rank / 2; low_rank && rank >= 16; rank /= 2) offer(true, {{"method.rank", std::to_string(rank)}});
+    for (; rank >= 16; rank /= 2) offer(low_rank, {{"method.rank", std::to_string(rank)}});
+    offer(embedding != "int8", {{"optimizer.embedding_moments", "int8"}});
     for (int64_t length = config.train.seq_len / 2; length >= 64; length /= 2) offer(true, {{"train.seq_len", std::to_string(length)}});
     if (resumed) changes.erase(std::remove_if(changes.begin(), changes.end(), [&](const Change& change) { return !allowed_for_resume(config, change); }), changes.end());
     return changes;
@@ -131,19 +134,26 @@ std::string what_would_fit(const Config& config, DeviceKind kind, int64_t budget
         const std::string& key = change.back().key;
         return key == "train.batch" || key == "optimizer.clip" || key == "method.rank" || key == "train.seq_len";
     });
+    const std::string fits_with = "it fits with";
     auto begin = savers.begin();
     for (auto end : {first_drastic, savers.end()}) {
         for (auto change = begin; change != end; ++change)
-            if (fits({*change})) return "it fits with" + option_text({*change});
+            if (fits({*change})) return fits_with + option_text({*change});
         for (auto change = begin; change != end; ++change) {
             auto alike = [&](const Change& other) { return other.front().key == change->front().key; };
             applied.erase(std::remove_if(applied.begin(), applied.end(), alike), applied.end());
             applied.push_back(*change);
             if (!fits(applied)) continue;
             for (size_t i = applied.size(); i-- > 0;) applied = milder(applied, i, savers, fits);
-            return "it fits with" + option_text(applied);
+            return fits_with + option_text(applied);
         }
         begin = end;
+        if (config.low_rank() || resumed || end == savers.end()) continue;
+        // A method that trains W in full: this is what LoQT is for.
+        const Change loqt{{"method.name", "loqt"}};
+        if (fits({loqt})) return fits_with + option_text({loqt});
+        std::string advice = what_would_fit(with(config, {loqt}), kind, budget, false);
+        if (advice.rfind(fits_with, 0) == 0) return fits_with + option_text({loqt}) + advice.substr(fits_with.size());
     }
     if (resumed) return "nothing that --resume may change makes it fit";
     return "no setting of rank, sequence length, updates, moments or gradients makes it fit; choose a smaller model";

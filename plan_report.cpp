@@ -19,7 +19,7 @@ double activations_of(const Config& config, const MemoryPlan& plan) { return dou
 std::string describe_plan(const Config& config, const MemoryPlan& plan, DeviceKind kind, int64_t budget) {
     std::string text = format("%s, %.2f M parameters, method %s", config.run.dir.c_str(), double(parameter_count(config)) / 1e6, config.method.name.c_str());
     if (config.low_rank()) text += format(", rank %lld", (long long)config.method.rank);
-    text += format("\ndevice kind %s, sequence %lld, batch %lld sequences = %lld micro-batches of %lld (%lld tokens)\n\n", kind == DeviceKind::cuda ? "cuda" : "cpu",
+    text += format("\nplanned for %s, sequence %lld, batch %lld = %lld × micro-batch %lld (%lld tokens)\n\n", kind == DeviceKind::cuda ? "a GPU" : "the CPU",
                    (long long)config.train.seq_len, (long long)config.train.batch, (long long)config.micro_batches(), (long long)config.train.micro_batch,
                    (long long)tokens_of(config));
     for (auto& [name, bytes] : plan.lines) text += format("  %-40s %10.4f GiB\n", name.c_str(), gib(bytes));
@@ -28,7 +28,7 @@ std::string describe_plan(const Config& config, const MemoryPlan& plan, DeviceKi
     text += format("\n\n  weights + optimizer %.4f GiB: weights %.4f, moments %.4f; gradients %.4f\n  activations %s a token\n\n", gib(weights_of(plan) + moments_of(plan)),
                    gib(weights_of(plan)), gib(moments_of(plan)), gib(plan.bytes("gradients")), amount(int64_t(activations_of(config, plan))).c_str());
     for (const PlannedChoice& choice : plan.choices)
-        text += format("  %-30s %10s%s\n", choice.key.c_str(), choice.value.c_str(), choice.automatic ? "   (auto)" : "");
+        text += format("  %-30s %10s%s\n", choice.key.c_str(), choice.value.c_str(), choice.automatic ? "   (auto)" : choice.remark.empty() ? "" : ("   (" + choice.remark + ")").c_str());
     return text;
 }
 

@@ -26,6 +26,10 @@ struct Arguments {
     std::string program_dir;
 };
 
+// What the paper's own runs did where the defaults do otherwise (README: What differs from the paper's code). Other options go on top.
+const std::vector<Override> kPaper = {{"optimizer.moments", "bf16-nearest"}, {"optimizer.rounding", "nearest"}, {"optimizer.clip", "0"}, {"train.gradients", "bf16"},
+                                      {"method.projection", "gram"}, {"method.moments_at_merge", "keep"}, {"data.layout", "rows"}, {"eval.official_perplexity", "true"}};
+
 // Every configuration key becomes an option under its full name, and under its last part where that is unambiguous.
 void add_config_options(CLI::App& app, std::vector<std::pair<std::string, std::string>>& values) {
     Config defaults;
@@ -76,6 +80,8 @@ Arguments parse(int argc, char** argv) {
     app.add_flag("--resume", a.resume, "continue the run in --run.dir from its newest valid checkpoint");
     app.add_flag("--plan", a.plan, "print the memory plan and exit; needs no GPU");
     app.add_flag("--json", a.json, "print the plan as JSON (docs/formats.md); only with --plan");
+    bool paper = false;
+    app.add_flag("--paper", paper, "settings of the paper's own runs where the defaults differ");
     auto* sample = app.add_option("--sample", a.sampling.prompt, "generate text after this prompt from the run's newest checkpoint");
     app.add_option("--sample-tokens", a.sampling.tokens, "tokens to generate [128]");
     app.add_option("--temperature", a.sampling.temperature, "sampling temperature; 0 = the likeliest token [0.8]");
@@ -106,6 +112,7 @@ Arguments parse(int argc, char** argv) {
     if (a.json && !a.plan) throw UserError("--json is a way to print the plan; give --plan too");
     if (!(a.sampling.temperature >= 0)) throw UserError(format("--temperature: got %g, must not be negative", a.sampling.temperature));
     if (a.sampling.top_k < 0 || a.sampling.tokens < 0) throw UserError("--top-k and --sample-tokens: must not be negative");
+    if (paper) a.overrides = kPaper;
     for (auto& [key, value] : values)
         if (app.count("--" + key)) a.overrides.push_back({key, value});
     return a;

@@ -53,7 +53,7 @@ void restore_counters(Llama& model, const std::string& text) {
         p->active = counters.at(p->name).at(1).get<bool>();
     }
     for (LinearGroup* group : model.groups())
-        for (Linear& l : group->linears()) l.projected = l.b.active && !l.b.name.empty();
+        group->restored();
 }
 
 // The newest checkpoint that verifies; says on stderr which were passed over.
@@ -72,12 +72,14 @@ Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, b
     train_data_ = std::make_unique<TokenDataset>(data_options(config_, config_.data.train, "train", config_.data.shuffle));
     if (!config_.data.val.empty()) val_data_ = std::make_unique<TokenDataset>(data_options(config_, config_.data.val, "val", false));
 
+    // Making the weights of a large model on a CPU takes minutes: whoever expected a GPU should not wait for that.
+    if (std::string why; config_.run.device == "auto" && !Device::cuda_usable(&why)) std::fprintf(stderr, "training on the CPU, without a usable GPU: %s\n", why.c_str());
     model_ = std::make_unique<Llama>(config_, device_, true);
     model_->allocate();
     device_.reserve_scratch(plan.scratch);
     if (plan.workers) workers_ = std::make_unique<Workers>(device_, plan.workers, plan.worker_scratch);
     sums_ = std::make_unique<StepSums>(device_, *model_, config_);
-    if (config_.low_rank()) merges_ = merge_schedule(config_.method.merge_gap, config_.method.merge_growth, config_.method.max_gap, config_.train.steps);
+    merges_ = merge_steps(config_);
 
     if (resume) restore();
     else start_fresh();
@@ -130,7 +132,8 @@ void Trainer::restore() {
     Metadata metadata = load_checkpoint(device_, file.path, saved_tensors_of(*model_));
     restore_counters(*model_, metadata.at("parameters"));
     step_ = std::stoll(metadata.at("step"));
-    if (config_.low_rank() && model_->projected_matrices() < model_->matrices()) open_initial_weights();
+    const MethodPolicy policy = method_policy(config_);
+    if (policy.adapters && policy.projects && model_->projected_matrices() < model_->matrices()) open_initial_weights();
     skipped_ = std::stoll(metadata.at("skipped"));
     // Allowed, but no longer the run that was interrupted: positions in the order of samples now mean other samples.
     if (metadata.at("samples") != std::to_string(train_data_->samples()))
@@ -208,7 +211,7 @@ void Trainer::train_step() {
     std::vector<Batch> batches;
     for (int64_t i = 0; i < config_.micro_batches(); ++i) batches.push_back(stream_->next());
     // Should step 0 be skipped as not finite, the first merge is made up for at the next step.
-    bool never_merged = config_.low_rank() && model_->projected_matrices() == 0;
+    bool never_merged = method_policy(config_).projects && model_->projected_matrices() == 0;
     StepPlan plan;
     plan.step = step_, plan.lr = learning_rate(config_, step_);
     plan.merges = never_merged || std::binary_search(merges_.begin(), merges_.end(), step_);

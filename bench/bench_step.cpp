@@ -106,7 +106,7 @@ class Run {
         if (plan.workers) workers_ = std::make_unique<Workers>(device_, plan.workers, plan.worker_scratch);
         model_.initialize(random_weights(config_));
         // The first merge brings loqt into the state it trains in: every matrix has P and B. It also warms up the merge.
-        if (config_.low_rank()) step(true);
+        if (makes_anew(config_)) step(true);
         for (int64_t i = 0; i < kWarmUp; ++i) step(false);
     }
 
@@ -182,9 +182,9 @@ json measure(const Options& options, Config config) {
                   {"step_seconds", plain}, {"tokens_per_s", rate}, {"mfu", peak.flops > 0 ? json(training_flops_per_token(config) * rate / peak.flops) : json()},
                   {"full_rank_equivalent_tflops", full_rank_flops_per_token(config) * rate * 1e-12}, {"steps", times}};
         if (options.profile > 0) result["profile"] = run.profile(options.profile);
-        if (options.merges > 0 && config.low_rank()) result["merges"][config.method.projection] = run.timed_merges(options.merges, plain);
+        if (options.merges > 0 && method_policy(config).projects) result["merges"][config.method.projection] = run.timed_merges(options.merges, plain);
     }
-    if (options.merges > 0 && config.low_rank()) {  // the other way to project, on a model of its own
+    if (options.merges > 0 && method_policy(config).projects) {  // the other way to project, on a model of its own
         config.method.projection = config.method.projection == "gram" ? "subspace" : "gram";
         device = nullptr;  // gives its memory back
         device = Device::open(config.run.device);

@@ -27,6 +27,18 @@ void fill_normal_cpu(FlatMatrix<float> x, float deviation, uint64_t seed, uint32
     for (int64_t k = 0; k < pairs; ++k) fill_pair(x, k, deviation, seed, stream, begin);
 }
 
+// Element i is word i % 4 of Philox block i / 4: 24 bits, in (−bound, bound].
+HOST_DEVICE void fill_uniform_group(const FlatMatrix<float>& x, int64_t group, float bound, uint64_t seed, uint32_t stream) {
+    const Philox4 words = philox4x32(uint32_t(group), uint32_t(uint64_t(group) >> 32), stream, 0x554e4946u /* "UNIF" */, uint32_t(seed), uint32_t(seed >> 32));
+    for (int k = 0; k < 4; ++k)
+        if (4 * group + k < x.numel) *FlatCursor<float>(x, 4 * group + k) = bound * (2.0f * uniform01(words.x[k]) - 1.0f);
+}
+
+void fill_uniform_cpu(FlatMatrix<float> x, float bound, uint64_t seed, uint32_t stream) {
+#pragma omp parallel for
+    for (int64_t group = 0; group < ceil_div(x.numel, 4); ++group) fill_uniform_group(x, group, bound, seed, stream);
+}
+
 void fill_cpu(FlatMatrix<float> x, float value) {
 #pragma omp parallel for
     for (int64_t i = 0; i < x.numel; ++i) *FlatCursor<float>(x, i) = value;
@@ -44,6 +56,16 @@ __global__ void __launch_bounds__(kThreads)
 void fill_normal_cuda(CudaContext& cuda, FlatMatrix<float> x, float deviation, uint64_t seed, uint32_t stream, uint64_t begin) {
     const int64_t pairs = pairs_of(x.numel, begin);
     fill_normal_kernel<<<unsigned(ceil_div(pairs, kThreads)), kThreads, 0, cuda.stream>>>(x, pairs, deviation, seed, stream, begin);
+    LAUNCH_CHECK();
+}
+
+__global__ void __launch_bounds__(kThreads) fill_uniform_kernel(FlatMatrix<float> x, float bound, uint64_t seed, uint32_t stream) {
+    const int64_t group = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (4 * group < x.numel) fill_uniform_group(x, group, bound, seed, stream);
+}
+
+void fill_uniform_cuda(CudaContext& cuda, FlatMatrix<float> x, float bound, uint64_t seed, uint32_t stream) {
+    fill_uniform_kernel<<<unsigned(ceil_div(x.numel, 4 * kThreads)), kThreads, 0, cuda.stream>>>(x, bound, seed, stream);
     LAUNCH_CHECK();
 }
 
@@ -65,6 +87,13 @@ void fill_normal(Device& device, Tensor x, float deviation, uint64_t seed, uint3
     FlatMatrix<float> matrix(x);
     OperationTimer timer(device, "fill_normal", 0, double(x.numel() * size_of(x.dtype)));
     ON_DEVICE(device, fill_normal_cuda(device.cuda(), matrix, deviation, seed, stream, begin), fill_normal_cpu(matrix, deviation, seed, stream, begin));
+}
+
+void fill_uniform(Device& device, Tensor x, float bound, uint64_t seed, uint32_t stream) {
+    if (x.numel() == 0) return;
+    FlatMatrix<float> matrix(x);
+    OperationTimer timer(device, "fill_uniform", 0, double(x.numel() * size_of(x.dtype)));
+    ON_DEVICE(device, fill_uniform_cuda(device.cuda(), matrix, bound, seed, stream), fill_uniform_cpu(matrix, bound, seed, stream));
 }
 
 void fill(Device& device, Tensor x, float value) {

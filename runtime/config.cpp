@@ -254,12 +254,18 @@ void validate_config(Config& c) {
     require(c.kv_heads() * c.model.head_dim() % 8 == 0, format("model.kv_heads: %lld heads of %lld are %lld columns, not a multiple of 8", (long long)c.model.kv_heads,
                                                                (long long)c.model.head_dim(), (long long)(c.kv_heads() * c.model.head_dim())));
 
-    if (c.low_rank()) {
+    if (c.method.name != "full") {
         positive("method.rank", c.method.rank);
         int64_t side = std::min(c.model.hidden, c.model.intermediate);  // narrower key/value matrices use min(rank, side)
         require(c.method.rank <= side, format("method.rank: %lld is larger than the matrix side %lld; lower it", (long long)c.method.rank, (long long)side));
         require(std::isfinite(c.method.scale) && c.method.scale > 0, "method.scale: must be positive");
         require(c.method.compensation_rounds >= 0, "method.compensation_rounds: must not be negative");
+        require(std::isfinite(c.method.lora_alpha) && c.method.lora_alpha > 0, "method.lora_alpha: must be positive");
+        require(c.method.loftq_rounds >= 1, "method.loftq_rounds: must be at least 1");
+        fraction("method.relora_prune", c.method.relora_prune);
+        require(c.method.relora_warmup >= 0, "method.relora_warmup: must not be negative");
+        require(c.method.name != "galore" || c.optimizer.rounding != "master",
+                "optimizer.rounding: master keeps what Adam's own updates lose, and galore's are not Adam's own; use stochastic or nearest");
         positive("method.merge_gap", c.method.merge_gap);
         require(c.method.merge_growth == 0 || c.method.merge_growth >= 1, "method.merge_growth: must be 0 (fixed gap) or at least 1");
         require(c.method.max_gap == 0 || c.method.max_gap >= c.method.merge_gap, "method.max_gap: must be 0 or at least method.merge_gap");
@@ -284,7 +290,6 @@ void validate_config(Config& c) {
                 format("train.updates: per_layer needs the whole batch in one micro-batch, but train.micro_batch is %lld of %lld sequences; set it to auto and train.batch as low as memory asks for, or use ordinary updates",
                        (long long)c.train.micro_batch, (long long)c.train.batch));
         require(c.optimizer.clip == 0, "train.updates: per_layer knows no global gradient norm to clip by; set optimizer.clip to 0, or use ordinary updates");
-        c.train.micro_batch = c.train.batch;
     }
     require(c.eval.every >= 0 && c.eval.sequences >= 0, "eval.every and eval.sequences: must not be negative");
     require(c.checkpoint.every >= 0 && c.checkpoint.keep_every >= 0, "checkpoint.every and checkpoint.keep_every: must not be negative");
@@ -306,7 +311,7 @@ std::vector<std::string> config_differences(const Config& a, const Config& b) {
 
 bool fixed_for_resume(const std::string& key) {
     // rank and layer shapes decide the tensors; seed, sequence length and layout decide which sample comes next.
-    static const std::vector<std::string> fixed = {"method.name", "method.rank", "method.double_quant", "optimizer.moments", "optimizer.embedding_moments",
+    static const std::vector<std::string> fixed = {"method.name", "method.rank", "method.double_quant", "method.quantize_projection", "optimizer.moments", "optimizer.embedding_moments",
                                                    "optimizer.rounding",
                                                    "train.seed", "train.seq_len", "train.batch", "data.layout", "data.shuffle", "data.pad_id"};
     return key.rfind("model.", 0) == 0 || std::find(fixed.begin(), fixed.end(), key) != fixed.end();

@@ -12,10 +12,11 @@ struct ModelConfig {
 };
 
 struct MethodConfig {
-    std::string name = "loqt";           // loqt | loqt-nq | full
+    std::string name = "loqt";           // see method.h
     int64_t rank = 128;
     double scale = 0.5;                  // s of W + s·P·B; never divided by the rank
     bool double_quant = true;
+    bool quantize_projection = true;     // loqt: P in NF4
     int64_t compensation_rounds = 5;
     std::string projection = "gram";     // gram | subspace
     std::string projection_gradient = "full";  // full | last
@@ -23,6 +24,10 @@ struct MethodConfig {
     double merge_growth = 1.2;           // ψ; 0 = fixed gap
     int64_t max_gap = 0;                 // cap on the gap; 0 = none
     std::string moments_at_merge = "keep";  // keep | reset | project
+    double lora_alpha = 32.0;            // lora, qlora, loftq, relora: s = lora_alpha / rank
+    int64_t loftq_rounds = 5;
+    double relora_prune = 0.999;         // share of Adam's moments that a restart sets to zero, the smallest
+    int64_t relora_warmup = 50;          // steps of linear warm-up after a restart
 };
 
 struct OptimizerConfig {
@@ -79,8 +84,8 @@ struct Config {
     RunConfig run;
 
     int64_t kv_heads() const { return model.kv_heads ? model.kv_heads : model.heads; }
-    int64_t micro_batches() const { return train.batch / train.micro_batch; }
-    bool low_rank() const { return method.name != "full"; }
+    int64_t micro_batches() const { return train.batch / train.micro_batch; }  // once micro_batch is resolved
+    bool low_rank() const { return method.name != "full" && method.name != "galore"; }  // adapters beside a frozen W
 };
 
 // Calls v(path, field, help, choices) for every key, in the order of the file. choices: "a|b|c", or "" for free values.
@@ -94,17 +99,22 @@ template <class C, class Visitor> void visit_config(C& c, Visitor&& v) {
     v("model.rms_eps", c.model.rms_eps, "epsilon of RMSNorm", "");
     v("model.rope_base", c.model.rope_base, "base of the rotary angles", "");
     v("model.init_std", c.model.init_std, "standard deviation of the initial weights", "");
-    v("method.name", c.method.name, "training method", "loqt|loqt-nq|full");
+    v("method.name", c.method.name, "training method", "loqt|loqt-nq|full|galore|lora|relora|qlora|loftq");
     v("method.rank", c.method.rank, "rank of P and B", "");
-    v("method.scale", c.method.scale, "s in W + s·P·B", "");
+    v("method.scale", c.method.scale, "s in W + s·P·B of loqt and loqt-nq, and of galore's update", "");
     v("method.double_quant", c.method.double_quant, "quantize the absmax values of NF4 too", "");
+    v("method.quantize_projection", c.method.quantize_projection, "loqt: P in NF4; false: in bf16", "");
     v("method.compensation_rounds", c.method.compensation_rounds, "rounds of quantization-error compensation at a merge; 0 = B starts at 0", "");
     v("method.projection", c.method.projection, "singular vectors: exact (gram) or fast (subspace iteration)", "gram|subspace");
     v("method.projection_gradient", c.method.projection_gradient, "gradient the projection is taken from: whole batch or last micro-batch", "full|last");
-    v("method.merge_gap", c.method.merge_gap, "steps to the first merge (tau)", "");
+    v("method.merge_gap", c.method.merge_gap, "steps to the first merge (tau); relora: between restarts", "");
     v("method.merge_growth", c.method.merge_growth, "gap k is tau + floor(growth^k); 0 = fixed gap", "");
     v("method.max_gap", c.method.max_gap, "largest gap between merges; 0 = no limit", "");
     v("method.moments_at_merge", c.method.moments_at_merge, "what becomes of B's Adam moments at a merge", "keep|reset|project");
+    v("method.lora_alpha", c.method.lora_alpha, "lora, relora, qlora, loftq: s = lora_alpha / rank", "");
+    v("method.loftq_rounds", c.method.loftq_rounds, "loftq: alternations of quantization and SVD at the start", "");
+    v("method.relora_prune", c.method.relora_prune, "relora: share of Adam's moments, the smallest, that a restart sets to zero", "");
+    v("method.relora_warmup", c.method.relora_warmup, "relora: steps of warm-up after a restart", "");
     v("optimizer.lr", c.optimizer.lr, "peak learning rate", "");
     v("optimizer.min_lr_ratio", c.optimizer.min_lr_ratio, "final learning rate as a fraction of the peak", "");
     v("optimizer.warmup_ratio", c.optimizer.warmup_ratio, "fraction of the steps that warm up linearly", "");
@@ -125,7 +135,7 @@ template <class C, class Visitor> void visit_config(C& c, Visitor&& v) {
     v("train.steps", c.train.steps, "optimizer steps", "");
     v("train.seq_len", c.train.seq_len, "tokens per sequence", "");
     v("train.batch", c.train.batch, "sequences per optimizer step", "");
-    v("train.micro_batch", c.train.micro_batch, "sequences per forward pass; auto (0) = the most that fits", "");
+    v("train.micro_batch", c.train.micro_batch, "sequences per forward pass; auto (0) = the fastest that fits, by the plan's estimate", "");
     v("train.seed", c.train.seed, "seed of initialization, data order and rounding", "");
     v("train.gradients", c.train.gradients, "storage of accumulated gradients; int8: of B, bf16 for the rest", "fp32|bf16|int8");
     v("train.updates", c.train.updates, "optimizer step after the backward pass, or inside it layer by layer (no gradient is kept; one micro-batch per step)", "ordinary|per_layer");

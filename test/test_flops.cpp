@@ -28,7 +28,7 @@ double booked_flops_per_token(const Config& config) {
         apply_gradients(*device, small.model, config, plan, gradients.norm);
         if (merges) small.model.merge(number, nullptr);
     };
-    step(0, config.low_rank());
+    step(0, makes_anew(config));
     Profiler profiler(*device);
     step(1, false);
     double flops = 0;
@@ -51,7 +51,7 @@ Config tiny_config(const std::string& method, const std::string& effective, int6
 
 TEST_CASE("FLOPs per token are those of a real step's products", "[flops]") {
     for (const char* recompute : {"none", "light", "block"})
-        for (auto [method, effective] : {std::pair<const char*, const char*>{"full", "cached"}, {"loqt", "cached"}, {"loqt", "rebuilt"}, {"loqt", "factored"}, {"loqt-nq", "rebuilt"}})
+        for (auto [method, effective] : {std::pair<const char*, const char*>{"full", "cached"}, {"loqt", "cached"}, {"loqt", "rebuilt"}, {"loqt", "factored"}, {"loqt-nq", "rebuilt"}, {"lora", "cached"}, {"qlora", "factored"}, {"galore", "cached"}})
             for (auto [kv_heads, micro_batch] : {std::pair<int64_t, int64_t>{1, 2}, {2, 4}}) {
                 if (kv_heads == 2 && recompute != std::string("light")) continue;
                 INFO(method << ", effective weights " << effective << ", micro-batch " << micro_batch << ", kv heads " << kv_heads << ", recompute " << recompute);

@@ -47,7 +47,8 @@ struct Case {
 void check_group(Device& device, const Case& shape, const std::string& method, const std::string& effective_weights, double limit, std::mt19937_64& rng) {
     Config c;
     c.train.effective_weights = effective_weights;
-    c.method.name = method;
+    c.method.name = method == "loqt, P in bf16" ? "loqt" : method;
+    c.method.quantize_projection = method != "loqt, P in bf16";
     c.method.rank = 8;
     c.method.scale = 0.5;
     c.train.micro_batch = c.train.batch = 1;
@@ -72,7 +73,8 @@ void check_group(Device& device, const Case& shape, const std::string& method, c
         y_t(device, act, T, group.out_padded()), residual(device, act, T, group.out_padded(), dy);
     // One merge makes P and B non-trivial, then the pass that is checked.
     BackwardPass merging;
-    merging.merges = method != "full";
+    const MethodPolicy policy = method_policy(c);
+    merging.merges = policy.adapters && policy.projects;
     MergeStatistics statistics;
     group.input_gradient(device, dx_t, dy_t);
     group.parameter_gradients(device, dy_t, x_t, merging);
@@ -81,6 +83,14 @@ void check_group(Device& device, const Case& shape, const std::string& method, c
         group.finish_reinitialization(statistics);
         CHECK(statistics.failed == 0);
     }
+    for (Linear& l : group.linears())
+        if (policy.trains_p) {  // one of them starts as zeros
+            for (Parameter* factor : {&l.a, &l.b}) {
+                OnDevice values(device, DType::f32, factor->rows, factor->cols, random_normal(rng, factor->rows * factor->cols, 0.1f));
+                convert(device, factor->logical(factor->value), values);
+            }
+        }
+    group.invalidate();
     group.forward(device, y_t, x_t);
     group.input_gradient(device, dx_t, dy_t);
     group.parameter_gradients(device, dy_t, x_t, BackwardPass{});
@@ -104,12 +114,14 @@ void check_group(Device& device, const Case& shape, const std::string& method, c
             convert(device, wide, t);
             return wide.read();
         };
-        if (method == "full") {
+        if (policy.trains_w) {
             CHECK(relative_error(read(l.dense.grad), dw) < 1e-5);
             continue;
         }
         std::vector<float> p32;
-        if (method == "loqt") {
+        if (policy.trains_p) {
+            p32 = read(l.a.value);
+        } else if (policy.quantized_p) {
             OnDevice p(device, DType::f32, l.rank, l.h());
             nf4_dequantize(device, p, l.p_q);
             p32 = p.read();
@@ -118,8 +130,13 @@ void check_group(Device& device, const Case& shape, const std::string& method, c
         }
         Matrix p(p32.begin(), p32.end());
         Matrix db = l.right ? multiply(dw, true, p, true, l.in, l.out, l.rank) : multiply(dw, false, p, true, l.out, l.in, l.rank);
-        for (double& v : db) v *= c.method.scale;
+        for (double& v : db) v *= adapter_scale(c);
         CHECK(relative_error(read(l.b.logical(l.b.grad)), db) < limit);
+        if (!policy.trains_p) continue;
+        std::vector<float> b32 = read(l.b.logical(l.b.value));
+        Matrix b(b32.begin(), b32.end()), dp = multiply(b, true, dw, l.right, l.rank, l.n(), l.h());
+        for (double& v : dp) v *= adapter_scale(c);
+        CHECK(relative_error(read(l.a.grad), dp) < limit);
     }
     CHECK(relative_error(logical(dx, T, group.in_padded(), 0, shape.in), expected_dx) < limit);
     for (float v : logical(dx, T, group.in_padded(), shape.in, group.in_padded() - shape.in)) REQUIRE(v == 0.0f);
@@ -139,9 +156,9 @@ void check_all(Device& device, double limit) {
     std::mt19937_64 rng(seed);
     const Case cases[] = {{64, {64, 32, 32}}, {64, {171, 171}}, {171, {64}}, {64, {64}}, {128, {344, 344}}, {344, {128}}};
     for (const Case& shape : cases)
-        for (const char* method : {"full", "loqt", "loqt-nq"})
+        for (const char* method : {"full", "galore", "loqt", "loqt, P in bf16", "loqt-nq", "lora", "qlora"})
             for (const char* way : {"cached", "rebuilt", "factored"})
-                if (std::string(method) != "full" || std::string(way) == "rebuilt") check_group(device, shape, method, way, limit, rng);
+                if ((std::string(method) != "full" && std::string(method) != "galore") || std::string(way) == "rebuilt") check_group(device, shape, method, way, limit, rng);
 }
 
 }  // namespace

@@ -216,6 +216,8 @@ TEST_CASE("plan: the least harmful change comes first", "[plan]") {
     CHECK(first(changed(preset("7b"), {{"effective_weights", "cached"}, {"recompute", "block"}}), 20) == "effective_weights auto");
     CHECK(first(preset("1b"), 11) == "projection_gradient last");
     CHECK(first(changed(preset("1b"), {{"projection_gradient", "last"}}), 7.2) == "gradients bf16");
+    CHECK(first(changed(preset("7b"), {{"method", "full"}}), 24) == "method loqt");
+    CHECK(first(preset("13b"), 22) == "rank 512");
 }
 
 TEST_CASE("plan: advice for a run to be resumed is what --resume may change", "[plan]") {

@@ -65,7 +65,7 @@ class MistakeTest(ProgramTest):
         config('{"method": {"rnk": 1}}', "method.rnk", "method.rank")
         config('{"rank": 16}', "rank", "method")
         config('{"method": {"rank": "many"}}', "method.rank", "many")
-        config('{"method": {"name": "lora"}}', "method.name", "lora", "loqt")
+        config('{"method": {"name": "dora"}}', "method.name", "dora", "loqt")
         config("[]", "bad.json", "object")
         config("", "bad.json", "JSON")
         text = json.dumps(CONFIG)
@@ -162,6 +162,17 @@ class MistakeTest(ProgramTest):
         self.assertEqual(len(series(name)), 12)
 
 
+class PaperTest(ProgramTest):
+    def test_paper_is_a_set_of_options_that_others_override(self):
+        name = self.train("--paper", "--data.train", "rows", "--data.val", "rows", "--moments", "bf16", "--steps", 4)
+        config = json.loads(read_text(name, "config.json"))
+        self.assertEqual((config["optimizer"]["rounding"], config["train"]["gradients"], config["data"]["layout"]), ("nearest", "bf16", "rows"))
+        self.assertTrue(config["eval"]["official_perplexity"])
+        self.assertEqual(config["optimizer"]["moments"], "bf16")
+        last = [e for e in metrics(name) if e["event"] == "eval"][-1]
+        self.assertLess(float(last["perplexity_official_biased"]), float(last["perplexity"]))
+
+
 class MetricsTest(ProgramTest):
     KEYS = {
         "start": "step device method parameters micro_batch effective_weights recompute merge_workers peak_tflops peak_source train_tokens planned_bytes",
@@ -249,7 +260,7 @@ class MetricsTest(ProgramTest):
                     micro_batch = ("--micro_batch", 1) if preset == "13b.json" and device == "cuda" else ()
                     result = self.succeed("--config", preset[:-5], "--device", device, "--plan", *budget, *micro_batch)
                     self.assertRegex(result.stdout, r"total +\d+\.\d+ GiB")
-                    self.assertIn("device kind " + device, result.stdout)
+                    self.assertIn({"cuda": "planned for a GPU", "cpu": "planned for the CPU"}[device], result.stdout)
                     self.assertEqual(result.stderr, "")
                     result = self.succeed("--config", preset[:-5], "--device", device, "--plan", "--json", *budget, *micro_batch)
                     plan = json.loads(result.stdout)
@@ -278,7 +289,7 @@ class UseTest(ProgramTest):
     """What comes after training: export and samples."""
 
     def test_export_and_start_from_it(self):
-        for method in ("full", "loqt", "loqt-nq"):
+        for method in ("full", "loqt", "loqt-nq", "galore", "lora", "relora", "qlora", "loftq"):
             with self.subTest(method):
                 run, target = self.train("--method.name", method), self.name()
                 self.succeed("--run.dir", run, "--export", target, "--export-dtype", "f32")

@@ -29,7 +29,7 @@ Outcome train(Device& device, const Config& c, int worker_count = 0) {
     Outcome outcome;
     for (int64_t step = 0; step < kSteps; ++step) {
         StepPlan plan;
-        plan.step = step, plan.lr = 1e-3, plan.merges = c.low_rank() && merges_at(step), plan.source = step ? nullptr : &source;
+        plan.step = step, plan.lr = 1e-3, plan.merges = makes_anew(c) && merges_at(step), plan.source = step ? nullptr : &source;
         StepGradients gradients = accumulate_gradients(device, small.model, c, small.sums, batches, plan);
         CHECK(gradients.updated == (updates_per_layer(c) || (plan.merges && merges_inside_backward(c))));
         apply_gradients(device, small.model, c, plan, gradients.norm);
@@ -67,7 +67,7 @@ Config base_config(const Device& device, const std::string& method, int64_t micr
 }
 
 void check_per_layer(Device& device) {
-    for (auto [method, moments] : {std::pair<const char*, const char*>{"full", "int8"}, {"loqt", "fp32"}, {"loqt", "int8"}, {"loqt-nq", "bf16"}}) {
+    for (auto [method, moments] : {std::pair<const char*, const char*>{"full", "int8"}, {"loqt", "fp32"}, {"loqt", "int8"}, {"loqt-nq", "bf16"}, {"galore", "int8"}, {"relora", "fp32"}}) {
         Config c = base_config(device, method);
         c.train.gradients = "bf16", c.optimizer.moments = moments, c.method.moments_at_merge = "project";
         INFO(method << " " << moments << " seed " << c.train.seed);

@@ -1,0 +1,240 @@
+// The other methods of Table 1, each against what its authors define.
+#include <algorithm>
+
+#include "test/model_fixture.h"
+#include "training_step.h"
+
+namespace {
+
+std::string directory_for(const Device& device) { return device.is_cuda() ? "test/fixtures/llama_gpu" : "test/fixtures/llama_tiny"; }
+
+struct Run {
+    Config config;
+    WeightSource source;
+    ReferenceModel reference;
+    SmallModel small;
+
+    Run(Device& device, const Config& c) : config(c), source(random_weights(c)), reference(directory_for(device), c.model.vocab), small(device, c, source) {}
+    double step(int64_t number, double lr, bool merges) {
+        StepPlan plan;
+        plan.step = number, plan.lr = lr, plan.merges = merges, plan.source = number ? nullptr : &source;
+        StepGradients gradients = accumulate_gradients(small.device, small.model, config, small.sums, {reference.batch}, plan);
+        apply_gradients(small.device, small.model, config, plan, gradients.norm);
+        if (merges) {
+            MergeStatistics merged = small.model.merge(number, plan.source);
+            CHECK(merged.failed == 0);
+        }
+        return gradients.loss;
+    }
+    std::vector<std::vector<float>> effective_weights() {
+        std::vector<std::vector<float>> all;
+        for (LinearGroup* group : small.model.groups())
+            for (Linear& l : group->linears()) {
+                all.emplace_back();
+                group->read_effective(small.device, l, all.back());
+            }
+        return all;
+    }
+    template <class F> void each(F&& f) {
+        for (LinearGroup* group : small.model.groups())
+            for (Linear& l : group->linears()) f(l);
+    }
+};
+
+Config method_config(const Device& device, const std::string& method) {
+    Config c = fixture_config(directory_for(device), method);
+    c.optimizer.clip = 0;
+    c.train.seed = int64_t(fresh_seed() >> 33);
+    return c;
+}
+
+std::vector<float> difference(const std::vector<float>& a, const std::vector<float>& b) {
+    std::vector<float> d(a.size());
+    for (size_t i = 0; i < a.size(); ++i) d[i] = a[i] - b[i];
+    return d;
+}
+
+// In exact arithmetic the two follow one trajectory between refreshes (LoQT section 3.2). Both start from the same weights and the same P: a
+// first step with learning rate 0 that only projects, and moments set back to nothing.
+void check_galore_is_loqt_nq(Device& device) {
+    Config nq_config = method_config(device, "loqt-nq");
+    nq_config.optimizer.eps = 1e-20;  // Adam's update then does not depend on the scale of its gradient, which is s in one and 1 in the other
+    nq_config.optimizer.rounding = "nearest";
+    Config galore_config = nq_config;
+    galore_config.method.name = "galore";
+    INFO("seed " << nq_config.train.seed);
+    Run nq(device, nq_config), galore(device, galore_config);
+    auto before = nq.effective_weights();
+    CHECK(galore.effective_weights() == before);
+    for (Run* run : {&nq, &galore}) {
+        run->step(0, 0.0, true);
+        for (Parameter* p : run->small.model.parameters()) {
+            for (Tensor t : {p->moments.m, p->moments.v})
+                if (t) device.zero(t);
+            p->updates = 0;
+        }
+        run->each([&](Linear& l) {
+            for (Tensor t : {l.b.moments.m, l.b.moments.v})
+                if (t) device.zero(t);
+        });
+    }
+    for (int64_t step = 1; step <= 6; ++step) CHECK(galore.step(step, 2e-3, false) == Approx(nq.step(step, 2e-3, false)).epsilon(2e-5));
+    auto a = nq.effective_weights(), b = galore.effective_weights();
+    for (size_t i = 0; i < a.size(); ++i) {
+        std::vector<float> moved = difference(a[i], before[i]), other = difference(b[i], before[i]);
+        INFO("matrix " << i);
+        CHECK(std::any_of(moved.begin(), moved.end(), [](float x) { return x != 0; }));
+        CHECK(relative_error(other, std::vector<double>(moved.begin(), moved.end())) < 5e-3);
+    }
+}
+
+// GaLore's step stays within the span of P, and its moments have rank r.
+void check_galore_step(Device& device) {
+    Config c = method_config(device, "galore");
+    Run run(device, c);
+    auto before = run.effective_weights();
+    run.step(0, 1e-2, true);
+    auto after = run.effective_weights();
+    size_t i = 0;
+    run.each([&](Linear& l) {
+        INFO(l.name << (l.right ? " right" : " left"));
+        CHECK(l.b.moments.m.cols == l.n() * l.rank);
+        std::vector<float> p = run.small.p_of(l), d = difference(after[i], before[i]);
+        ++i;
+        // d minus its projection onto the rows of P, which are orthonormal up to their storage type.
+        double outside = 0, all = 0;
+        for (int64_t line = 0; line < l.n(); ++line) {
+            auto at = [&](int64_t k) { return l.right ? d[k * l.in + line] : d[line * l.in + k]; };
+            std::vector<double> rest(l.h());
+            for (int64_t k = 0; k < l.h(); ++k) rest[k] = at(k);
+            for (int64_t q = 0; q < l.rank; ++q) {
+                double dot = 0;
+                for (int64_t k = 0; k < l.h(); ++k) dot += double(p[q * l.h() + k]) * at(k);
+                for (int64_t k = 0; k < l.h(); ++k) rest[k] -= dot * p[q * l.h() + k];
+            }
+            for (int64_t k = 0; k < l.h(); ++k) outside += rest[k] * rest[k], all += double(at(k)) * at(k);
+        }
+        CHECK(all > 0);
+        CHECK(std::sqrt(outside / all) < (device.is_cuda() ? 0.2 : 1e-4));  // W in bf16: rounding of W itself lies anywhere
+    });
+}
+
+void check_lora_start(Device& device) {
+    for (const char* method : {"lora", "qlora", "relora"}) {
+        Config c = method_config(device, method), plain = c;
+        plain.method.name = "full";
+        INFO(method << " seed " << c.train.seed);
+        Run run(device, c), reference(device, plain);
+        auto w = run.effective_weights(), w0 = reference.effective_weights();
+        for (size_t i = 0; i < w.size(); ++i) {
+            if (method == std::string("qlora")) CHECK(relative_error(w[i], std::vector<double>(w0[i].begin(), w0[i].end())) == Approx(0.092).margin(0.006));
+            else CHECK(w[i] == w0[i]);
+        }
+        run.each([&](Linear& l) {  // uniform within ±1/√in on the side of x, zeros on the other
+            std::vector<float> x = run.small.read(l.right ? l.b.logical(l.b.value) : l.a.value), zero = run.small.read(l.right ? l.a.value : l.b.logical(l.b.value));
+            double bound = 1 / std::sqrt(double(l.in)), squares = 0;
+            for (float v : x) {
+                REQUIRE(std::fabs(v) <= bound * 1.004);  // bf16 may round up
+                squares += double(v) * v;
+            }
+            CHECK(std::sqrt(squares / double(x.size())) == Approx(bound / std::sqrt(3.0)).epsilon(0.1));
+            CHECK(std::all_of(zero.begin(), zero.end(), [](float v) { return v == 0; }));
+        });
+        double first = run.step(0, 1e-2, false), last = first;
+        for (int64_t step = 1; step < 25; ++step) last = run.step(step, 1e-2, false);
+        CHECK(last < first - 0.3);
+    }
+}
+
+double residual(Device& device, const Config& c, const std::vector<std::vector<float>>& w0) {
+    Run run(device, c);
+    auto w = run.effective_weights();
+    double squares = 0, all = 0;
+    for (size_t i = 0; i < w.size(); ++i)
+        for (size_t k = 0; k < w[i].size(); ++k) squares += std::pow(double(w[i][k]) - w0[i][k], 2), all += double(w0[i][k]) * w0[i][k];
+    return std::sqrt(squares / all);
+}
+
+void check_loftq(Device& device) {
+    Config c = method_config(device, "loftq"), plain = c;
+    INFO("seed " << c.train.seed);
+    plain.method.name = "full";
+    auto w0 = Run(device, plain).effective_weights();
+    Config qlora = c;
+    qlora.method.name = "qlora";
+    double last = residual(device, qlora, w0);
+    CHECK(last == Approx(0.092).margin(0.003));
+    for (int64_t rounds : {1, 2, 5}) {
+        c.method.loftq_rounds = rounds;
+        double error = residual(device, c, w0);
+        CHECK(error < last - 1e-3);
+        last = error;
+    }
+    Run run(device, c);  // both factors carry the same: row i of P is as long as column i of B
+    run.each([&](Linear& l) {
+        std::vector<float> p = run.small.read(l.a.value), b = run.small.read(l.b.logical(l.b.value));
+        for (int64_t i = 0; i < l.rank; ++i) {
+            double pp = 0, bb = 0;
+            for (int64_t k = 0; k < l.h(); ++k) pp += double(p[i * l.h() + k]) * p[i * l.h() + k];
+            for (int64_t k = 0; k < l.n(); ++k) bb += double(b[k * l.rank + i]) * b[k * l.rank + i];
+            REQUIRE(pp == Approx(bb).epsilon(0.03));
+        }
+    });
+}
+
+void check_restart(Device& device) {
+    Config c = method_config(device, "relora");
+    c.method.relora_prune = 0.9;
+    Run run(device, c);
+    INFO("seed " << c.train.seed);
+    for (int64_t step = 0; step < 5; ++step) run.step(step, 1e-2, false);
+    auto before = run.effective_weights();
+    std::map<std::string, std::vector<float>> moments;
+    run.each([&](Linear& l) { moments[l.name] = run.small.read(l.a.moments.v); });
+    run.small.model.merge(5, nullptr);
+    auto after = run.effective_weights();
+    for (size_t i = 0; i < before.size(); ++i)
+        CHECK(relative_error(after[i], std::vector<double>(before[i].begin(), before[i].end())) < (device.is_cuda() ? 2.5e-3 : 1e-6));
+    run.each([&](Linear& l) {
+        INFO(l.name);
+        std::vector<float> second = run.small.read(l.right ? l.a.value : l.b.logical(l.b.value)), old = moments.at(l.name), v = run.small.read(l.a.moments.v);
+        CHECK(std::all_of(second.begin(), second.end(), [](float x) { return x == 0; }));
+        std::vector<float> sorted = old;
+        std::sort(sorted.begin(), sorted.end());
+        size_t zeros = size_t(std::llround(0.9 * double(v.size()))), kept = 0;
+        for (size_t i = 0; i < v.size(); ++i) {
+            if (v[i] == 0) continue;
+            ++kept;
+            CHECK(v[i] == old[i]);
+            CHECK(old[i] >= sorted[zeros]);
+        }
+        CHECK(kept <= v.size() - zeros);
+        CHECK(kept + 2 >= v.size() - zeros);
+    });
+}
+
+}  // namespace
+
+TEST_CASE("galore and loqt-nq follow one trajectory between refreshes", "[methods]") { check_galore_is_loqt_nq(*test_device("cpu")); }
+TEST_CASE("a galore step lies in the span of P", "[methods]") { check_galore_step(*test_device("cpu")); }
+TEST_CASE("lora, qlora and relora start from W and learn", "[methods]") { check_lora_start(*test_device("cpu")); }
+TEST_CASE("loftq loses less with every alternation", "[methods]") { check_loftq(*test_device("cpu")); }
+TEST_CASE("a relora restart leaves the function and prunes the moments", "[methods]") { check_restart(*test_device("cpu")); }
+
+TEST_CASE("relora: the rate rises anew after every restart", "[methods]") {
+    Config c;
+    c.method.name = "relora", c.method.merge_gap = 100, c.method.relora_warmup = 20, c.train.steps = 1000;
+    CHECK(merge_steps(c) == std::vector<int64_t>{100, 200, 300, 400, 500, 600, 700, 800});
+    Config plain = c;
+    plain.method.name = "lora";
+    CHECK(merge_steps(plain).empty());
+    for (int64_t step = 0; step < 1000; ++step) {
+        int64_t since = step > 800 ? step - 800 : step > 100 ? (step - 1) % 100 + 1 : 1000;
+        CHECK(learning_rate(c, step) == Approx(learning_rate(plain, step) * std::min(1.0, double(since) / 20.0)));
+    }
+}
+
+TEST_CASE("a galore step on the GPU", "[methods][gpu]") { check_galore_step(*test_device("cuda")); }
+TEST_CASE("lora, qlora and relora on the GPU", "[methods][gpu]") { check_lora_start(*test_device("cuda")); }
+TEST_CASE("loftq on the GPU", "[methods][gpu]") { check_loftq(*test_device("cuda")); }
+TEST_CASE("a relora restart on the GPU", "[methods][gpu]") { check_restart(*test_device("cuda")); }
