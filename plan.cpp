@@ -134,7 +134,7 @@ std::vector<PlannedChoice> choices_of(const Config& asked, const Config& config,
 
 }  // namespace
 
-MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget) {
+MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget, bool resumed) {
     const Config asked = config;
     std::vector<int64_t> sizes = micro_batch_sizes(asked, kind);
     LargestThatFits largest(kind, budget);
@@ -152,7 +152,7 @@ MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget) {
             }
     if (!plan)
         throw UserError(format("does not fit: %s planned for %s at a micro-batch of %lld, %s allowed; %s", amount(largest.least_total()).c_str(), kind == DeviceKind::cuda ? "a GPU" : "the CPU",
-                               (long long)largest.least_size(), amount(budget).c_str(), what_would_fit(asked, kind, budget).c_str()));
+                               (long long)largest.least_size(), amount(budget).c_str(), what_would_fit(asked, kind, budget, resumed).c_str()));
     plan->choices = choices_of(asked, config, kind, plan->workers);
     return *plan;
 }

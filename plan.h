@@ -37,8 +37,8 @@ MemoryPlan plan_memory(const Config& config, DeviceKind kind, int workers = 0);
 
 // Chooses train.micro_batch, train.recompute and train.effective_weights where they are auto, and how many workers merges have, so that cost_per_token
 // (flops.h) is least within `budget` bytes (0 = no limit), and writes the first three into the configuration. Throws UserError if not even the smallest
-// fits, saying what would make it fit.
-MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget);
+// fits, saying what would make it fit; resumed: of what --resume may change.
+MemoryPlan choose_plan(Config& config, DeviceKind kind, int64_t budget, bool resumed = false);
 
 // The plan as a table for people, and as JSON (docs/formats.md).
 std::string describe_plan(const Config& config, const MemoryPlan& plan, DeviceKind kind, int64_t budget);

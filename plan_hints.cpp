@@ -71,8 +71,14 @@ bool can_fit(Config config, DeviceKind kind, int64_t budget) {
     return false;
 }
 
+bool allowed_for_resume(const Config& config, const Change& change) {
+    for (const std::string& difference : config_differences(config, with(config, {change})))
+        if (fixed_for_resume(difference.substr(0, difference.find(':')))) return false;
+    return true;
+}
+
 // What saves memory, the least harmful first. Later changes of a key take the place of earlier ones.
-std::vector<Change> memory_savers(const Config& config, DeviceKind kind) {
+std::vector<Change> memory_savers(const Config& config, DeviceKind kind, bool resumed) {
     std::vector<Change> changes;
     auto offer = [&](bool applies, const Change& change) {
         if (applies) changes.push_back(change);
@@ -100,6 +106,7 @@ std::vector<Change> memory_savers(const Config& config, DeviceKind kind) {
     for (; rank >= 16; rank /= 2) offer(low_rank, {{"method.rank", std::to_string(rank)}});
     offer(embedding != "int8", {{"optimizer.embedding_moments", "int8"}});
     for (int64_t length = config.train.seq_len / 2; length >= 64; length /= 2) offer(true, {{"train.seq_len", std::to_string(length)}});
+    if (resumed) changes.erase(std::remove_if(changes.begin(), changes.end(), [&](const Change& change) { return !allowed_for_resume(config, change); }), changes.end());
     return changes;
 }
 
@@ -119,9 +126,9 @@ template <class Fits> std::vector<Change> milder(const std::vector<Change>& chan
 
 }  // namespace
 
-std::string what_would_fit(const Config& config, DeviceKind kind, int64_t budget) {
+std::string what_would_fit(const Config& config, DeviceKind kind, int64_t budget, bool resumed) {
     auto fits = [&](const std::vector<Change>& changes) { return can_fit(with(config, changes), kind, budget); };
-    std::vector<Change> savers = memory_savers(config, kind), applied;
+    std::vector<Change> savers = memory_savers(config, kind, resumed), applied;
     // What only changes how numbers are kept, all of it, comes before what changes what is trained.
     const auto first_drastic = std::find_if(savers.begin(), savers.end(), [](const Change& change) {
         const std::string& key = change.back().key;
@@ -141,12 +148,13 @@ std::string what_would_fit(const Config& config, DeviceKind kind, int64_t budget
             return fits_with + option_text(applied);
         }
         begin = end;
-        if (config.low_rank() || end == savers.end()) continue;
+        if (config.low_rank() || resumed || end == savers.end()) continue;
         // A method that trains W in full: this is what LoQT is for.
         const Change loqt{{"method.name", "loqt"}};
         if (fits({loqt})) return fits_with + option_text({loqt});
-        std::string advice = what_would_fit(with(config, {loqt}), kind, budget);
+        std::string advice = what_would_fit(with(config, {loqt}), kind, budget, false);
         if (advice.rfind(fits_with, 0) == 0) return fits_with + option_text({loqt}) + advice.substr(fits_with.size());
     }
+    if (resumed) return "nothing that --resume may change makes it fit";
     return "no setting of rank, sequence length, updates, moments or gradients makes it fit; choose a smaller model";
 }

@@ -12,8 +12,8 @@ std::vector<std::string> effective_weights(const Config& config);
 // Adam's moments of embedding and LM head, auto resolved.
 std::string embedding_moments(const Config& config);
 
-// For a configuration that does not fit: "it fits with --…", the least harmful change that is enough.
-std::string what_would_fit(const Config& config, DeviceKind kind, int64_t budget);
+// For a configuration that does not fit: "it fits with --…", the least harmful change that is enough. resumed: of those that a checkpoint allows.
+std::string what_would_fit(const Config& config, DeviceKind kind, int64_t budget, bool resumed);
 
 // 1.50 GiB, 250.00 MiB.
 double gib(int64_t bytes);

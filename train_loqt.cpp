@@ -212,7 +212,7 @@ void train(const Arguments& a, Config& config, Device& device, const std::vector
     if (!a.resume && fs::exists(fs::path(config.run.dir) / "config.json"))
         throw UserError(config.run.dir + " already holds a run; --resume continues it, --run.dir starts another elsewhere");
     int64_t budget = memory_budget(config, &device);
-    MemoryPlan plan = choose_plan(config, device.kind(), budget);
+    MemoryPlan plan = choose_plan(config, device.kind(), budget, a.resume);
     if (budget) device.limit_memory(budget - library_bytes(device.kind()));  // held to, should the plan ever be wrong
     Trainer trainer(config, device, plan, a.resume, changes);
     // From here on Ctrl-C means: finish the step, save, leave.
@@ -238,11 +238,11 @@ void print_plan(const Arguments& a, Config& config) {
     const Config asked = config;
     MemoryPlan plan;
     try {
-        plan = choose_plan(config, kind, budget);
+        plan = choose_plan(config, kind, budget, a.resume);
     } catch (const UserError&) {
         if (!anyhow) throw;
         config = asked, budget = 0;
-        plan = choose_plan(config, kind, budget);
+        plan = choose_plan(config, kind, budget, a.resume);
     }
     std::printf("%s", (a.json ? plan_to_json : describe_plan)(config, plan, kind, budget).c_str());
 }

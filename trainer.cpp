@@ -243,7 +243,7 @@ void Trainer::handle_nonfinite(const StepGradients& gradients) {
         save();
         text += "weights of the step before are saved";
     }
-    throw UserError(text + "; lower optimizer.lr, set optimizer.clip, or use --nonfinite skip");
+    throw UserError(text + "; lower optimizer.lr, " + (updates_per_layer(config_) ? "" : "set optimizer.clip, ") + "or use --nonfinite skip");
 }
 
 std::string Trainer::utilization(double rate) const {

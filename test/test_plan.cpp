@@ -220,6 +220,28 @@ TEST_CASE("plan: the least harmful change comes first", "[plan]") {
     CHECK(first(preset("13b"), 22) == "rank 512");
 }
 
+TEST_CASE("plan: advice for a run to be resumed is what --resume may change", "[plan]") {
+    int advised = 0;
+    for (double gib : {12, 10, 8, 7, 6, 5, 1}) {
+        Config c = changed(preset("1b"), {{"micro_batch", "32"}, {"recompute", "light"}, {"effective_weights", "cached"}});
+        const Config asked = c;
+        std::string message;
+        try {
+            choose_plan(c, DeviceKind::cuda, gibibytes(gib), true);
+        } catch (const UserError& error) {
+            message = error.what();
+        }
+        INFO(gib << " GiB: " << message);
+        std::vector<Override> list = advice(message);
+        if (list.empty()) CHECK(message.find("nothing that --resume may change") != std::string::npos);
+        else ++advised;
+        for (const std::string& difference : config_differences(asked, changed(asked, list))) CHECK_FALSE(fixed_for_resume(difference.substr(0, difference.find(':'))));
+        if (!list.empty()) CHECK(refusal(changed(asked, list), DeviceKind::cuda, gibibytes(gib)) == "");
+    }
+    CHECK(advised > 0);
+    CHECK(advised < 7);
+}
+
 TEST_CASE("plan: says what was chosen and by whom", "[plan]") {
     Config c = changed(preset("7b"), {{"recompute", "light"}, {"run.dir", "runs/x"}});
     MemoryPlan plan = choose_plan(c, DeviceKind::cuda, gibibytes(24));
