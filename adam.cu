@@ -54,11 +54,11 @@ HOST_DEVICE float rounded(float x) {
 #endif
 }
 
-// One element. g is already scaled. Returns false (p kept, m = v = 0) if g or its square is not finite.
+// One element. g is already scaled. Returns false (p, m, v kept) if g or its square is not finite.
 // round_p: bf16 parameters rounded to nearest, which torch does after the decay and after the step.
 template <MomentFormat F> HOST_DEVICE bool adam_element(const AdamConstants& c, float& p, float& m, float& v, float g, bool round_p) {
     const bool finite = g * g <= FLT_MAX;
-    const float old_p = p;
+    const float old_p = p, old_m = m, old_v = v;
     if (F == MomentFormat::bf16_nearest) {
         // torch's sequence for bf16 tensors: mul_(p, 1 − lr·wd); lerp_(m, g, 1 − β1); mul_(v, β2); addcmul_(v, g, g, 1 − β2);
         // d = sqrt(v); div_(d, c2); add_(d, eps); addcdiv_(p, m, d, −lr/c1): fp32 inside each, rounded to bf16 after each.
@@ -76,7 +76,7 @@ template <MomentFormat F> HOST_DEVICE bool adam_element(const AdamConstants& c, 
         p = fmaf(-c.step_size, m / (sqrtf(v) + c.eps_c2), p) * c.decay;
     }
     // Chosen afterwards: branches around the arithmetic would cost more than the arithmetic.
-    p = finite ? p : old_p, m = finite ? m : 0.0f, v = finite ? v : 0.0f;
+    p = finite ? p : old_p, m = finite ? m : old_m, v = finite ? v : old_v;
     return finite;
 }
 

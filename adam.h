@@ -40,7 +40,7 @@ struct AdamStep {
 MomentFormat effective_format(MomentFormat wanted, int64_t numel);
 
 // One update of p in place. p: (rows, cols) f32 or bf16, ld free; g: same shape, f32 or bf16. An element with a non-finite gradient
-// is left alone with m = v = 0 and counted into *nonfinite (device int32, may be null).
+// is left alone, its moments too, and counted into *nonfinite (device int32, may be null).
 void adam_update(Device& device, Tensor p, Tensor g, const AdamState& state, const AdamStep& step, int32_t* nonfinite);
 
 // Moments to and from plain fp32 (merging projects them). dst/src: (1, N) f32; `second` selects v. Rounding to bf16 is stochastic

@@ -311,7 +311,8 @@ std::vector<float> Llama::next_token_logits(const std::vector<int32_t>& tokens) 
 // ---------------------------------------------------------------------------------------------------------------- state
 
 void Llama::zero_gradients() {
-    device_.zero(embedding_.grad), device_.zero(final_norm_.grad);
+    if (!updates_per_layer(config_)) device_.zero(embedding_.grad);  // else in its turn
+    device_.zero(final_norm_.grad);
     for (Block& b : blocks_) device_.zero(b.norm1.grad), device_.zero(b.norm2.grad);
 }
 

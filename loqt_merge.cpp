@@ -3,6 +3,8 @@
 // A merge costs no extra pass over data. During the ordinary backward pass the dense gradient G of one matrix at a time gives the new P;
 // the optimizer takes its ordinary step in the old basis; then the matrix is merged and made anew: one after the other inside the backward
 // pass, or, where the optimizer has to wait for the end of that, all of them then, their new P being stored meanwhile.
+#include <optional>
+
 #include "compensation.h"
 #include "loqt.h"
 #include "ops/elementwise.h"
@@ -11,6 +13,17 @@
 #include "runtime/metrics.h"
 #include "runtime/profile.h"
 #include "runtime/workers.h"
+
+namespace {
+
+// Scratch that a job works with: until it has the projection, and until it has ended. The later one goes first.
+struct JobScratch {
+    ScratchScope whole;
+    std::optional<ScratchScope> projection;
+    explicit JobScratch(Device& device) : whole(device) {}
+};
+
+}  // namespace
 
 // Room for the next projection of a matrix in scratch memory.
 NextProjection LinearGroup::scratch_projection(ScratchScope& scope, const Linear& l) const {
@@ -43,13 +56,12 @@ void LinearGroup::project_gradients(Device& device, Tensor dy, Tensor x, const B
 // The Gram matrix on this device; its eigenvectors, and the merge if it is due now, on a worker's, if there are workers.
 void LinearGroup::project_one(Device& device, Linear& l, Tensor dy, Tensor x, const BackwardPass& pass) {
     Device& helper = device.workers() ? device.workers()->idle() : device;
-    // Scratch that the job works with lives until the job has ended, or, the second part, until it has the projection.
-    auto scope = std::make_shared<ScratchScope>(helper), projection_scope = std::shared_ptr<ScratchScope>();
+    auto scratch = std::make_shared<JobScratch>(helper);
     const bool at_once = bool(pass.update);
     CHECK_INTERNAL(at_once || !merges_inside_backward(*config_), "%s: no place for its next projection", l.name.c_str());
-    NextProjection next = at_once ? scratch_projection(*scope, l) : l.next;
-    projection_scope = std::make_shared<ScratchScope>(helper);
-    Tensor c = projection_scope->tensor("Gram matrix of the gradient", DType::f32, l.h(), l.h());
+    NextProjection next = at_once ? scratch_projection(scratch->whole, l) : l.next;
+    scratch->projection.emplace(helper);
+    Tensor c = scratch->projection->tensor("Gram matrix of the gradient", DType::f32, l.h(), l.h());
     ProjectionMethod method = config_->method.projection == "subspace" ? ProjectionMethod::subspace : ProjectionMethod::gram;
     {
         ScratchScope gradient_scope(device);
@@ -59,7 +71,7 @@ void LinearGroup::project_one(Device& device, Linear& l, Tensor dy, Tensor x, co
         if (!summed) matmul(device, g, 1.0f, dy.col_slice(l.row_begin, rows), Op::transpose, x, Op::none);
         gradient_gram(device, c, Tensor{g.data, g.dtype, l.out, l.in, g.ld}, l.right, method);
     }
-    auto job = [this, &l, scope = std::move(scope), projection_scope = std::move(projection_scope), next, c, method, at_once, step = pass.step,
+    auto job = [this, &l, scratch = std::move(scratch), next, c, method, at_once, step = pass.step,
                 source = pass.source](Device& d) mutable {
         {
             ScratchScope inner(d);
@@ -75,7 +87,7 @@ void LinearGroup::project_one(Device& device, Linear& l, Tensor dy, Tensor x, co
             if (policy_.quantized_p) nf4_quantize(d, next.q, p, nullptr);
             else convert(d, next.p, p);
         }
-        projection_scope = nullptr;
+        scratch->projection.reset();
         if (at_once) reinitialize_one(d, l, next, step, source);
     };
     if (device.workers()) device.workers()->start(helper, std::move(job));

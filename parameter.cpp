@@ -2,10 +2,21 @@
 
 #include <algorithm>
 
-MomentFormat moment_format(const Config& config) {
-    const std::string& name = config.optimizer.moments;
+namespace {
+
+MomentFormat format_of(const std::string& name) {
     return name == "bf16" ? MomentFormat::bf16_stochastic : name == "bf16-nearest" ? MomentFormat::bf16_nearest
          : name == "int8" ? MomentFormat::int8 : MomentFormat::fp32;
+}
+
+}  // namespace
+
+MomentFormat moment_format(const Config& config) { return format_of(config.optimizer.moments); }
+
+std::string embedding_moments(const Config& config) {
+    const std::string &moments = config.optimizer.moments, &wanted = config.optimizer.embedding_moments;
+    if (wanted == "auto") return moments == "int8" ? "fp32" : moments;
+    return wanted == "bf16" && moments == "bf16-nearest" ? moments : wanted;
 }
 
 ParamRounding param_rounding(const Config& config) {
@@ -22,12 +33,7 @@ bool updates_per_layer(const Config& config) { return config.train.updates == "p
 namespace {
 
 MomentFormat moments_of(const Config& config, Precision precision) {
-    MomentFormat format = moment_format(config);
-    if (precision == Precision::exact) return MomentFormat::fp32;
-    const std::string& wanted = config.optimizer.embedding_moments;
-    if (precision != Precision::embedding) return format;
-    if (wanted == "auto") return format == MomentFormat::int8 ? MomentFormat::fp32 : format;
-    return wanted == "int8" ? MomentFormat::int8 : wanted == "fp32" ? MomentFormat::fp32 : format == MomentFormat::bf16_nearest ? format : MomentFormat::bf16_stochastic;
+    return precision == Precision::exact ? MomentFormat::fp32 : precision == Precision::embedding ? format_of(embedding_moments(config)) : moment_format(config);
 }
 
 void register_gradient(const Registration& reg, Parameter& p, Precision precision, int64_t padded_rows) {
@@ -90,7 +96,7 @@ void add_gradient(Device& device, const Parameter& p, const GradientPart& part, 
     const bool codes = p.grad.dtype == DType::u8;
     if (p.grad.dtype == DType::f32 || (part.only && !codes)) return product(p.grad, 0, part.first ? 0.0f : 1.0f);
     const int64_t padded_rows = p.value.rows;
-    const int64_t slab = codes ? padded_rows : std::clamp<int64_t>(kSlabBytes / (p.cols * int64_t(sizeof(float))) / 8 * 8, 8, padded_rows);
+    const int64_t slab = codes ? padded_rows : std::min(std::max<int64_t>(8, kSlabBytes / (p.cols * int64_t(sizeof(float))) / 8 * 8), padded_rows);
     for (int64_t begin = 0; begin < padded_rows; begin += slab) {
         ScratchScope scope(device);
         Tensor g = scope.tensor("gradient in fp32", DType::f32, std::min(slab, padded_rows - begin), p.cols);

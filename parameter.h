@@ -35,6 +35,8 @@ struct Registration {
 
 // Formats of the run, from the configuration.
 MomentFormat moment_format(const Config& config);
+// optimizer.embedding_moments with auto resolved: as moments, but fp32 for int8; and bf16 rounded to nearest if moments are.
+std::string embedding_moments(const Config& config);
 ParamRounding param_rounding(const Config& config);
 DType gradient_dtype(const Config& config, const Device& device);
 // Gradients are used up inside the backward pass (train.updates per_layer), so all but those of norms share one place.

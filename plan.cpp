@@ -16,7 +16,6 @@ namespace {
 // The driver's context, loaded kernels and library handles: not ours to plan. On an H200 with CUDA 13.0 the measured peaks of five runs
 // (60M by every method, 1B by loqt) lay 696 to 706 MiB above everything else in their plans.
 constexpr int64_t kContextBytes = int64_t(700) << 20;
-constexpr int64_t kWorkspaceBytes = int64_t(64) << 20;
 // Matrices whose factorizations are under way at once. More gain little: factors of a large matrix fill a GPU two or three at a time.
 constexpr int kMergeWorkers = 4;
 
@@ -28,7 +27,7 @@ int64_t MemoryPlan::bytes(const std::string& line) const {
     return 0;
 }
 
-int64_t library_bytes(DeviceKind kind) { return kind == DeviceKind::cuda ? kWorkspaceBytes + kContextBytes : 0; }
+int64_t library_bytes(DeviceKind kind) { return kind == DeviceKind::cuda ? Device::kBlasWorkspaceBytes + kContextBytes : 0; }
 
 MemoryPlan plan_memory(const Config& config, DeviceKind kind, int workers) {
     auto device = Device::open_dry(kind);
@@ -61,7 +60,7 @@ MemoryPlan plan_memory(const Config& config, DeviceKind kind, int workers) {
         plan.workers = workers, plan.worker_scratch = dry_workers->scratch_high_water();
         plan.lines.push_back({"merge workers", workers * (device->block_bytes(plan.worker_scratch) + Device::fork_bytes(kind))});
     }
-    if (kind == DeviceKind::cuda) plan.lines.push_back({"cuBLAS workspace", kWorkspaceBytes}), plan.lines.push_back({"CUDA context and libraries (estimate)", kContextBytes});
+    if (kind == DeviceKind::cuda) plan.lines.push_back({"cuBLAS workspace", Device::kBlasWorkspaceBytes}), plan.lines.push_back({"CUDA context and libraries (estimate)", kContextBytes});
     for (auto& line : plan.lines) plan.total += line.second;
     return plan;
 }

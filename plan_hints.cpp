@@ -1,6 +1,7 @@
 // What the plan may choose from, and what it advises where nothing of that fits. See plan_options.h.
 #include <algorithm>
 
+#include "parameter.h"
 #include "plan_options.h"
 
 namespace {
@@ -30,11 +31,6 @@ std::vector<std::string> effective_weights(const Config& config) {
     if (config.train.effective_weights != "auto") return {config.train.effective_weights};
     if (!config.low_rank()) return {"rebuilt"};
     return {"cached", "rebuilt", "factored"};
-}
-
-std::string embedding_moments(const Config& config) {
-    const OptimizerConfig& o = config.optimizer;
-    return o.embedding_moments != "auto" ? o.embedding_moments : o.moments == "int8" ? "fp32" : o.moments;
 }
 
 namespace {

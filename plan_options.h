@@ -9,8 +9,6 @@
 std::vector<int64_t> micro_batch_sizes(const Config& config, DeviceKind kind);  // largest first
 std::vector<std::string> recomputations(const Config& config, DeviceKind kind);
 std::vector<std::string> effective_weights(const Config& config);
-// Adam's moments of embedding and LM head, auto resolved.
-std::string embedding_moments(const Config& config);
 
 // For a configuration that does not fit: "it fits with --…", the least harmful change that is enough. resumed: of those that a checkpoint allows.
 std::string what_would_fit(const Config& config, DeviceKind kind, int64_t budget, bool resumed);

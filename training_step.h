@@ -20,8 +20,8 @@ struct StepGradients {
 
 // Forward and backward over the micro-batches of one step. Leaves the gradient of their mean loss in the parameters, and on a merge step the
 // new projections in their layers. With train.updates per_layer, and on merge steps where merges_inside_backward, parameters are updated, and
-// matrices merged, inside the last backward pass; that is left out if the loss is not finite; an element whose gradient is not finite stays as it is, but its moments
-// start over at 0 (adam.h).
+// matrices merged, inside the last backward pass; that is left out if the loss is not finite; elements whose
+// gradient is not finite stay as they are.
 // config.train.micro_batch must be resolved. Synchronizes.
 StepGradients accumulate_gradients(Device& device, Llama& model, const Config& config, StepSums& sums, const std::vector<Batch>& batches, const StepPlan& plan);
 

@@ -27,7 +27,6 @@ std::string amount_text(int64_t bytes) {
     return amount < 0.1 ? format("%.3f MiB", 1024 * amount) : format("%.3f GiB", amount);
 }
 
-constexpr int64_t kBlasWorkspace = int64_t(64) << 20;
 // What the library handles of a fork hold: with four of them 60M, 130M and 1B took 653, 652 and 656 MiB more than all else in their plans
 // (H200, CUDA 13.0).
 constexpr int64_t kForkLibraryBytes = int64_t(164) << 20;
@@ -46,9 +45,9 @@ std::unique_ptr<CudaContext> open_cuda(int ordinal) {
     CUSOLVER_CHECK(cusolverDnSetStream(context->solver, context->stream));
     CUSOLVER_CHECK(cusolverDnSetDeterministicMode(context->solver, CUSOLVER_DETERMINISTIC_RESULTS));
     CUSOLVER_CHECK(cusolverDnCreateParams(&context->solver_params));
-    context->workspace_bytes = size_t(kBlasWorkspace);
+    context->workspace_bytes = size_t(Device::kBlasWorkspaceBytes);
     if (cudaMalloc(&context->workspace, context->workspace_bytes) != cudaSuccess)
-        throw UserError(format("not enough memory on %s for the workspace of cuBLAS (%lld MiB); another program holds it", context->properties.name, (long long)(kBlasWorkspace >> 20)));
+        throw UserError(format("not enough memory on %s for the workspace of cuBLAS (%lld MiB); another program holds it", context->properties.name, (long long)(Device::kBlasWorkspaceBytes >> 20)));
     CUBLAS_CHECK(cublasSetWorkspace(context->blas, context->workspace, context->workspace_bytes));
     return context;
 }
@@ -134,7 +133,7 @@ std::unique_ptr<Device> Device::fork() const {
     return device;
 }
 
-int64_t Device::fork_bytes(DeviceKind kind) { return kind == DeviceKind::cuda ? kBlasWorkspace + kForkLibraryBytes : 0; }
+int64_t Device::fork_bytes(DeviceKind kind) { return kind == DeviceKind::cuda ? kBlasWorkspaceBytes + kForkLibraryBytes : 0; }
 
 Device::~Device() {
     books_->used -= own_library_bytes_;

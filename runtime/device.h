@@ -34,6 +34,7 @@ class Device {
     // if this one is. Memory is shared; the order of work is not: see wait_for. Its library workspace and handles take fork_bytes().
     std::unique_ptr<Device> fork() const;
     static int64_t fork_bytes(DeviceKind kind);
+    static constexpr int64_t kBlasWorkspaceBytes = int64_t(64) << 20;  // of a cuda device and of every fork
     ~Device();
     Device(const Device&) = delete;
 

@@ -292,7 +292,7 @@ void check_nonfinite(Device& device) {
             StateOnDevice s(device, format, n);
             adam_update(device, p, gradient, s.state, step_of(1, 1e-2, 1e-8, 0.1, rounding), counter.t.as<int32_t>());
             REQUIRE(counter.read()[0] == 3);
-            std::vector<float> before = p.read();
+            std::vector<float> before = p.read(), m_before = s.moment(false), v_before = s.moment(true);
             g[3] = NAN, g[300] = INFINITY, g[301] = -INFINITY, g[599] = 1e30f;  // 1e30 is finite but its square is not
             gradient.write(g);
             adam_update(device, p, gradient, s.state, step_of(2, 1e-2, 1e-8, 0.1, rounding), counter.t.as<int32_t>());
@@ -300,8 +300,9 @@ void check_nonfinite(Device& device) {
             std::vector<float> after = p.read(), m = s.moment(false), v = s.moment(true);
             for (int i : {3, 300, 301, 599}) {
                 REQUIRE(after[i] == before[i]);
-                REQUIRE(m[i] == 0);
-                REQUIRE(v[i] == 0);
+                // In 8 bits the scale of the block has changed: another rounding.
+                REQUIRE(m[i] == Approx(m_before[i]).epsilon(format == MomentFormat::int8 ? 0.02 : 0));
+                REQUIRE(v[i] == Approx(v_before[i]).epsilon(format == MomentFormat::int8 ? 0.02 : 0));
             }
             for (int i : {2, 4, 299, 302, 598}) {
                 REQUIRE(std::isfinite(after[i]));
