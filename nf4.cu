@@ -196,8 +196,10 @@ struct GroupGrid {
     Divisor per_row;
 
     GroupGrid(const Tensor& t, int columns)
-        : cols(t.cols), ld(t.ld), width(columns), last(int((t.cols - 1) % columns) + 1), count(uint32_t(t.rows * ceil_div(t.cols, columns))), per_row(ceil_div(t.cols, columns)) {
-        CHECK_INTERNAL(t.rows * ceil_div(t.cols, columns) <= (int64_t(1) << 32) - kGroupsPerBlock, "NF4 matrix of %lld elements", (long long)t.numel());
+        : cols(t.cols), ld(t.ld), width(columns), last(int((t.cols - 1) % columns) + 1), per_row(ceil_div(t.cols, columns)) {
+        const int64_t groups = t.rows * ceil_div(t.cols, columns);
+        CHECK_INTERNAL(groups <= (int64_t(1) << 32) - kGroupsPerBlock, "NF4 matrix of %lld elements", (long long)t.numel());
+        count = uint32_t(groups);
     }
     unsigned blocks(int64_t groups_per_block) const { return unsigned(ceil_div(count, groups_per_block)); }
     // True if groups may begin anywhere within a code word and straddle two NF4 blocks.
@@ -358,7 +360,8 @@ struct Nf4Source {
 
     explicit Nf4Source(const Nf4Tensor& q)
         : codes(q.codes.as<uint8_t>()), codes8(static_cast<uint8_t*>(q.codes8.data)), absmax(static_cast<float*>(q.absmax.data)),
-          scale2(static_cast<float*>(q.scale2.data)), offset(static_cast<float*>(q.offset.data)), code_bytes((q.numel() + 1) / 2), blocks(uint32_t(q.blocks())), whole_words(reinterpret_cast<uintptr_t>(codes) % 4 == 0 ? uint32_t(code_bytes / 4) : 0) {}
+          scale2(static_cast<float*>(q.scale2.data)), offset(static_cast<float*>(q.offset.data)), code_bytes((q.numel() + 1) / 2),
+          blocks(uint32_t(q.blocks())), whole_words(reinterpret_cast<uintptr_t>(codes) % 4 == 0 ? uint32_t(code_bytes / 4) : 0) {}
 
     __device__ uint32_t bytes_of_word(int64_t position) const {
         uint32_t bytes = 0;
