@@ -96,7 +96,7 @@ def words(options):
 
 
 class Run:
-    """One run, from waiting to done. state: waiting, running, done, failed or stopped."""
+    """One run. state: waiting, running, done, failed, stopped, or refused, as its folder was made with other options."""
 
     def __init__(self, planned, folder, config, config_hash):
         self.name, self.options = planned.name, planned.options
@@ -140,7 +140,7 @@ class Run:
         """Finished, refused, or waiting to be run."""
         difference = self.difference()
         if difference:
-            self.state, self.detail = "failed", f"{difference}; remove {self.folder} to make it again"
+            self.state, self.detail = "refused", f"{difference}; remove {self.folder} to make it again"
         elif self.begun() and self.finished():
             self.finish()
 
@@ -198,19 +198,23 @@ class Display:
     def __init__(self, runs):
         self.runs, self.terminal, self.height = runs, sys.stdout.isatty(), 0
         self.width = max(len(run.name) for run in runs)
-        self.said, self.last = {run: ("waiting", "") for run in runs}, time.monotonic()
+        self.said, self.last, self.note = {run: ("waiting", "") for run in runs}, time.monotonic(), ""
 
-    def update(self):
+    def update(self, note):
+        """note: of the whole sweep."""
+        if not self.terminal and note != self.note:
+            print(note, flush=True)
+        self.note = note
         self.draw() if self.terminal else self.say()
 
     def draw(self):
         columns, rows = shutil.get_terminal_size()
         shown = self.runs
         if len(shown) > rows - 3:
-            shown = [run for run in self.runs if run.state in ("running", "failed")][:max(1, rows - 3)]
+            shown = [run for run in self.runs if run.state in ("running", "failed", "refused")][:max(1, rows - 3)]
         states = [run.state for run in self.runs]
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        lines = [f"{run.name:<{self.width}}  {run.line()}" for run in shown] + [counts]
+        lines = [f"{run.name:<{self.width}}  {run.line()}" for run in shown] + [f"{counts}{'; ' if self.note else ''}{self.note}"]
         print((f"\x1b[{self.height}F" if self.height else "") + "\x1b[J" + "\n".join(line[:columns - 1] for line in lines), flush=True)
         self.height = len(lines)
 
@@ -299,11 +303,13 @@ def wait_for_orphans(runs, interrupts):
 
 def train(runs, program, devices, jobs, interrupts):
     """Runs what waits, one process at a time for every slot."""
-    environment = dict(os.environ)
+    # Threads that spin while they wait for each other ruin the speed of a CPU that others use.
+    environment = {"GOMP_SPINCOUNT": "1000", **os.environ}
     if devices == ["cpu"] and jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
     display = Display(runs)
     slots, told = [device for _ in range(jobs) for device in devices], 0
+    notes = ("", "runs save and stop; a second Ctrl-C kills them", "killed")
     while True:
         for run in runs:
             if run.process and run.poll():
@@ -311,17 +317,19 @@ def train(runs, program, devices, jobs, interrupts):
         for run in runs:
             if run.state == "waiting" and slots and not interrupts.count:
                 run.start(program, slots.pop(0), environment)
-        display.update()
+        display.update(notes[min(interrupts.count, 2)])
         running = [run for run in runs if run.process]
         if not running:
-            return
+            break
         if interrupts.count > told:
             told = interrupts.count
-            if not display.terminal:
-                print("runs save and stop; a second Ctrl-C kills them" if told == 1 else "killed", flush=True)
             for run in running:
                 run.process.send_signal(signal.SIGINT if told == 1 else signal.SIGKILL)
         time.sleep(POLL)
+    if display.terminal:  # where the table cut them short
+        for run in runs:
+            if run.state in ("failed", "refused"):
+                print(f"{run.name}: {run.line()}")
 
 
 def write_report(folder):
@@ -353,9 +361,11 @@ def run_sweep(args, overrides, interrupts):
         config_hash = hashlib.sha256(file.read()).hexdigest()
     runs = [Run(planned, folder, sweep.config, config_hash) for planned in sweep.runs]
     wait_for_orphans(runs, interrupts)
-    write_json(os.path.join(folder, "sweep.json"), {"name": sweep.name, "reference": sweep.reference, "runs": [{"name": r.name, "group": r.group} for r in sweep.runs]})
     for run in runs:
         run.check()
+    # What report.py goes by. A refused run is none of this sweep's.
+    members = [{"name": planned.name, "group": planned.group} for planned, run in zip(sweep.runs, runs) if run.state != "refused"]
+    write_json(os.path.join(folder, "sweep.json"), {"name": sweep.name, "reference": sweep.reference, "runs": members})
     train(runs, args.binary, devices, args.jobs, interrupts)
     if interrupts.count:
         print("stopped; the same command goes on from here")
