@@ -104,8 +104,8 @@ def training_curve(run):
     return dict(zip((s["step"] for s in steps), smoothed([s["loss"] for s in steps], max(1, len(steps) // 100))))
 
 
-def draw_group(axes, group, number, x_axis):
-    """Draws one group; returns the losses that the picture should show."""
+def draw_group(axes, group, number, height, x_axis):
+    """Draws one group, its merges at this height (of 1); returns the losses that the picture should show."""
     style = {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
 
     runs = [run for run in group.runs if run.steps]
@@ -121,7 +121,7 @@ def draw_group(axes, group, number, x_axis):
     evals = over_seeds([{e["step"]: e["loss"] for e in run.evals if e["loss"] is not None and e["step"] <= run.step} for run in runs])
     axes.plot([place(step) for step, *_ in evals], [mean for _, mean, _, _ in evals], "o", color=style["color"], markersize=4)
     ticks = [m["step"] for m in runs[0].merges if all(m["step"] <= run.step for run in runs)] if runs else []
-    axes.plot([place(step) for step in ticks], [0.02 + 0.025 * number] * len(ticks), "|", color=style["color"], markersize=6, transform=axes.get_xaxis_transform())
+    axes.plot([place(step) for step in ticks], [height] * len(ticks), "|", color=style["color"], markersize=6, transform=axes.get_xaxis_transform())
     return [mean for _, mean, _, _ in curve] + [mean for _, mean, _, _ in evals]
 
 
@@ -130,14 +130,16 @@ def draw(groups, x_axis, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-    lowest = [min(losses) for losses in (draw_group(axes, group, i, x_axis) for i, group in enumerate(groups)) if losses]
+    many = len(groups) > 8  # too many for a legend within the axes
+    figure, axes = pyplot.subplots(figsize=(11, 5.5) if many else (8, 4.5), dpi=120)
+    shown = [draw_group(axes, group, i, 0.02 + i * min(0.025, 0.25 / len(groups)), x_axis) for i, group in enumerate(groups)]
+    lowest = [min(losses) for losses in shown if losses]
     if lowest:  # from just below the best value to where training is past its first fall
         axes.set_ylim(min(lowest) * 0.95, min(lowest) * 1.8)
     axes.set(xlabel=AXES[x_axis], ylabel="loss (nats per token)", title="lines: training, mean and range of the seeds; dots: validation; ticks: merges")
     axes.title.set_fontsize(9)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, **({"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if many else {}))
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

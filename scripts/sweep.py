@@ -271,10 +271,10 @@ def plan(command):
     return json.loads(result.stdout)
 
 
-def check_runs(sweep, program, device, show):
-    """Plans every run, so that a wrong option or one that does not fit is known before anything starts."""
+def check_runs(sweep, runs, program, device, show):
+    """Plans runs, so that a wrong option or one that does not fit is known before anything starts."""
     plans = {}
-    for run in sweep.runs:
+    for run in runs:
         options = {key: value for key, value in run.options.items() if key != "train.seed"}
         command = (program, "--config", sweep.config, *words(options), "--run.device", device)
         try:
@@ -347,10 +347,13 @@ def run_sweep(args, overrides, interrupts):
     if not path:
         raise Mistake(f"{args.file}: config: no file or preset {sweep.config}")
     devices = find_devices(args.devices, args.binary)
-    check_runs(sweep, args.binary, devices[0], args.dry_run)
+    if args.jobs > 1 and devices != ["cpu"] and any("run.memory_budget" not in run.options for run in sweep.runs):
+        raise Mistake(f"--jobs {args.jobs}: on a GPU every run takes what memory is free; give each its share, as with -- run.memory_budget=40GiB")
+    folder = args.out or os.path.join("runs", sweep.name)
+    new = [run for run in sweep.runs if not os.path.exists(os.path.join(folder, run.name, "config.json"))]
+    check_runs(sweep, sweep.runs if args.dry_run else new, args.binary, devices[0], args.dry_run)
     if args.dry_run:
         return 0
-    folder = args.out or os.path.join("runs", sweep.name)
     if os.path.exists(os.path.join(folder, "config.json")):
         raise Mistake(f"{folder} holds a run, not a sweep; choose another --out")
     os.makedirs(folder, exist_ok=True)
@@ -380,7 +383,7 @@ def main(argv):
     parser.add_argument("file", metavar="FILE.json")
     parser.add_argument("--out", metavar="DIR", help="folder of the sweep [runs/NAME, NAME as in the file]")
     parser.add_argument("--devices", default="auto", help="auto, cpu, or a list such as cuda:0,cuda:1 [auto: every GPU, else cpu]")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on every device; on a GPU give run.memory_budget too, as each takes what is free [1]")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on every device; on a GPU with run.memory_budget for each [1]")
     parser.add_argument("--binary", default=os.path.join(ROOT, "train_loqt"), help="the program [./train_loqt]")
     parser.add_argument("--dry-run", action="store_true", help="check the file, list the runs with their planned memory, start nothing")
     args = parser.parse_args(argv[:split])

@@ -146,6 +146,8 @@ class Sweep:
         if "config" not in fields:
             raise Mistake("no \"config\": the preset or configuration file that all runs start from")
         self.name, self.config, self.reference = fields.get("name", file_name), fields["config"], fields.get("reference")
+        if self.name != safe_name([self.name]) or self.name[0] in ".-":
+            raise Mistake(f"the sweep cannot be called \"{self.name}\"; give it a \"name\" of letters, digits, _ and -")
         seeds = self._seeds(fields.get("seeds"))
         entries = self._entries(fields, keys)
         overrides = parse_overrides(arguments, keys)
@@ -166,7 +168,7 @@ class Sweep:
                 group = [*parts, *(part(*item, keys) for item in point.items())]
                 for seed in seeds or [None]:
                     at_seed, own = ([f"seed-{seed}"], {"train.seed": seed}) if seed else ([], {})
-                    self._add(safe_name(group + at_seed), safe_name(group or [self.name]), {**common, **options, **point, **own})
+                    self._add(safe_name(group + at_seed), safe_name(group) or self.name, {**common, **options, **point, **own})
         groups = [run.group for run in self.runs]
         methods = [run.options.get("method.name") for run in self.runs]
         if self.reference and self.reference not in groups + methods:

@@ -105,6 +105,7 @@ class FileTest(unittest.TestCase):
         self.mistake("beside \"seeds\"", seeds=[1], options={"seed": 1})
         self.mistake("beside \"seeds\"", seeds=[1], grid={"seed": [1]})
         self.mistake("seeds", seeds=["1"])
+        self.mistake("the sweep cannot be called \"../x\"", name="../x", seeds=[1])
         self.mistake("cannot be called \"x.log\"", runs=[{"name": "x.log"}])
         self.mistake("cannot be called \"..\"", runs=[{"name": ".."}])
         self.mistake("runs", runs=[])
@@ -219,6 +220,54 @@ class SweepTest(unittest.TestCase):
         process.send_signal(signal.SIGTERM)
         self.assertIn("killed", process.communicate(timeout=20)[0])
         self.assertEqual(process.returncode, 130)
+
+    def test_one_run_on_every_device(self):
+        """A stand-in for the program that takes any device for a CPU, and leaves a note of when it ran."""
+        fake, notes = path("fake"), path("notes")
+        with open(fake, "w") as file:
+            file.write(f"""#!{sys.executable}
+import os, subprocess, sys
+device, arguments = "", sys.argv[1:]
+if "--run.device" in arguments:
+    at = arguments.index("--run.device") + 1
+    device, arguments[at] = arguments[at], "cpu"
+note = "--plan" not in arguments and device
+def say(word):
+    if note:
+        with open({notes!r}, "a") as file:
+            file.write(word + " " + device + "\\n")
+say("begin")
+status = subprocess.run([{program.PROGRAM!r}, *arguments]).returncode
+say("end")
+sys.exit(status)
+""")
+        os.chmod(fake, 0o755)
+        text, status = sweep(write_sweep("devices", seeds=[1, 2, 3, 4, 5], options={"steps": 3, "data.val": ""}), "--out", "devices", "--binary", fake, "--devices", "cuda:0,cuda:1")
+        self.assertEqual(status, 0, text)
+        busy, most, begun = set(), 0, []
+        for word, device in (line.split() for line in program.read_text("notes").splitlines()):
+            self.assertEqual(device in busy, word == "end", "two runs on one device")
+            busy ^= {device}
+            most, begun = max(most, len(busy)), begun + [device] * (word == "begin")
+        self.assertEqual((most, len(begun), set(begun)), (2, 5, {"cuda:0", "cuda:1"}))
+        text, status = sweep("devices.json", "--out", "devices", "--binary", fake, "--devices", "cuda:0", "--jobs", "2")
+        self.assertEqual(status, 2)
+        self.assertIn("run.memory_budget", text)
+
+    def test_changed_configuration(self):
+        with open(path("own.json"), "w") as file:
+            json.dump(program.CONFIG, file)
+        file = write_sweep("own-sweep", config="own.json", seeds=[1], options={"steps": 2})
+        self.assertEqual(sweep(file, "--out", "own")[1], 0)
+        with open(path("own.json"), "w") as f:
+            json.dump({**program.CONFIG, "optimizer": {"lr": 0.02}}, f)
+        text, status = sweep(file, "--out", "own")
+        self.assertEqual(status, 1)
+        self.assertIn("seed-1: refused: made with another own.json; remove own/seed-1", text)
+        os.rename(path("own", "seed-1.json"), path("own", "elsewhere"))
+        self.assertIn("seed-1: refused: own/seed-1 holds a run that this sweep did not begin", sweep(file, "--out", "own")[0])
+        text, status = sweep(file, "--out", "own/seed-1")
+        self.assertEqual((status, text), (2, "sweep.py: own/seed-1 holds a run, not a sweep; choose another --out\n"))
 
     def test_mistakes_start_nothing(self):
         for fields, words in (({"runs": [{"name": "a"}, {"name": "b", "method": "lqot"}]}, ("b: ", "method.name", "lqot")),
