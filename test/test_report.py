@@ -108,6 +108,10 @@ class ReportTest(unittest.TestCase):
         self.assertEqual(self.table(run, "--at-seconds", 2)[0]["at 2 s"], f"{math.exp(2):.2f}")
         self.assertEqual(self.table(run, "--at-seconds", 2.1)[0]["at 2.1 s"], "-")  # it did not train so long
 
+    def test_interpolation(self):
+        self.assertEqual([run_groups.interpolate([1, 2, 4], [10, 20, 0], x) for x in (0.9, 1, 1.5, 3, 4, 4.1)], [None, 10, 15, 10, 0, None])
+        self.assertIsNone(run_groups.interpolate([1], [10], 1))
+
     def test_spikes(self):
         """Sixty losses of 3, then 3.4 (too little), 3.6 and 3.7 (two), and one within the warm-up."""
         losses = [3.0] * 15 + [9.0] + [3.0] * 44 + [3.4, 3.6, 3.7, None]

@@ -1,5 +1,6 @@
 """scripts/sweep.py: sweep files, and whole sweeps of tiny runs, killed, interrupted, failing and continued."""
 import csv
+import fcntl
 import json
 import math
 import os
@@ -206,11 +207,22 @@ class SweepTest(unittest.TestCase):
         self.assertEqual(status, 0, text)
         self.assertEqual([count("interrupted/seed-1", e) for e in ("start", "resume", "train")], [1, 1, 150])  # no step was lost
 
+    def test_run_that_still_saves(self):
+        """After a sweep was killed its last run may not have left yet: it is waited for, not failed."""
+        os.makedirs(path("busy", "seed-1"))
+        holder = os.open(path("busy", "seed-1"), os.O_RDONLY)
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        process = start(write_sweep("busy", seeds=[1], options={"steps": 2}), "--out", "busy")
+        self.assertIn("seed-1: another process", process.stdout.readline())
+        os.close(holder)
+        self.assertIn("seed-1: done", process.communicate(timeout=60)[0])
+        self.assertEqual(process.returncode, 0)
+
     def test_second_interrupt_kills(self):
         """A stand-in for the program that cannot be stopped."""
         stubborn = path("stubborn")
         with open(stubborn, "w") as file:
-            file.write(f"#!/bin/sh\ncase \"$*\" in *--help*|*--plan*) exec {program.PROGRAM} \"$@\";; esac\ntrap '' INT\ntouch {path('alive')}\nwhile :; do sleep 0.1; done\n")
+            file.write(f"#!/bin/sh\ncase \"$*\" in *--help*|*--plan*) exec {program.PROGRAM} \"$@\";; esac\ntrap '' INT\ntouch {path('alive')}\nfor i in $(seq 200); do sleep 0.1; done\n")
         os.chmod(stubborn, 0o755)
         process = start(write_sweep("stubborn", seeds=[1]), "--out", "stubborn-runs", "--binary", stubborn)
         wait_until(process, lambda: os.path.exists(path("alive")))
