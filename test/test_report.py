@@ -1,0 +1,178 @@
+"""scripts/report.py on made-up run directories; its figures against ones made by hand."""
+import contextlib
+import csv
+import importlib.util
+import io
+import json
+import math
+import os
+import sys
+import tempfile
+import unittest
+
+from test_scripts import GIB, evaluation, loqt_run, train, write_run
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(ROOT, "scripts"))
+import run_groups  # noqa: E402
+
+# bench/ has a report too.
+spec = importlib.util.spec_from_file_location("run_report", os.path.join(ROOT, "scripts", "report.py"))
+report = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(report)
+MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+
+
+def cells(text):
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return [dict(zip(rows[0], row)) for row in rows[2:]]
+
+
+class ReportTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+
+    def run_report(self, *args):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = report.main([str(a) for a in args])
+        return status, out.getvalue(), err.getvalue()
+
+    def table(self, *args):
+        status, out, err = self.run_report(*args)
+        self.assertEqual(status, 0, err)
+        return cells(out)
+
+    def csv(self, *args):
+        path = os.path.join(self.folder, "table.csv")
+        self.table(*args, "--csv", path)
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+
+    def run_of(self, name, seed, final, method="loqt", steps=4, lr=0.01, limit=4, rate=1000.0, **keys):
+        """A run of 1000 tokens a step at `rate`, evaluated at its begin with loss 6 and at its end."""
+        run = write_run(self.folder, name, [("start", {"step": 0, "method": method, "planned_bytes": GIB}), evaluation(0, 6.0),
+                                            *(train(u, 6.0 - u, rate) for u in range(1, steps + 1)), evaluation(steps, final)])
+        config = {"train": {"seed": seed, "steps": limit}, "optimizer": {"lr": lr, "warmup_ratio": 0.0}, "run": {"dir": name, "device": "cuda:0", **keys}}
+        with open(os.path.join(run, "config.json"), "w") as file:
+            json.dump(config, file)
+        return run
+
+    def test_table(self):
+        full = write_run(self.folder, "b", [("start", {"step": 0, "method": "full", "planned_bytes": GIB}), train(1, 5.0, 1234567.0)])
+        a, b = self.table(loqt_run(self.folder), full)
+        # The median of 1000, 2000, 3000: lines with a merge and the first try at step 4 do not count. Step 3 took 50 s, the others 1, 1/2 and 1/3 s.
+        self.assertEqual(a, {"run": "a", "method": "loqt", "seeds": "1", "steps": "5", "tokens": "0.0 M", "validation loss": "2.5000", "perplexity": "12.18", "ratio": "-",
+                             "tokens/s": "2,000", "planned": "3.00 GiB", "peak": "4.00 GiB", "merges": "2", "s/merge": "49.50", "skipped": "0", "spikes": "0"})
+        self.assertEqual(b, {"run": "b", "method": "full", "seeds": "1", "steps": "1", "tokens": "0.0 M", "validation loss": "-", "perplexity": "-", "ratio": "-",
+                             "tokens/s": "1,234,567", "planned": "1.00 GiB", "peak": "1.00 GiB", "merges": "0", "s/merge": "-", "skipped": "0", "spikes": "0"})
+
+    def test_seeds(self):
+        """Perplexities 10, 20 and 60: mean 30, deviation √700, standard error √(700/3) = 15.2753."""
+        runs = [self.run_of(f"loqt_seed-{i}", i, math.log(p)) for i, p in enumerate((10, 20, 60))]
+        full = [self.run_of(f"full_seed-{i}", i, math.log(20), "full", lr=0.001, device=f"cuda:{i}") for i in range(2)]
+        rows = self.table(*runs, *full)
+        self.assertEqual([(r["run"], r["seeds"], r["perplexity"], r["ratio"]) for r in rows], [("loqt", "3", "30.00 ± 15.28", "1.500"), ("full", "2", "20.00 ± 0.00", "1.000")])
+        loqt, _ = self.csv(*runs, *full)
+        self.assertAlmostEqual(float(loqt["perplexity"]), 30, places=9)
+        self.assertAlmostEqual(float(loqt["perplexity_error"]), math.sqrt(700 / 3), places=9)
+        losses = [math.log(p) for p in (10, 20, 60)]
+        mean = sum(losses) / 3
+        self.assertAlmostEqual(float(loqt["loss"]), mean, places=9)
+        self.assertAlmostEqual(float(loqt["loss_error"]), math.sqrt(sum((x - mean)**2 for x in losses) / 6), places=9)
+        self.assertEqual((loqt["reference"], loqt["tokens"], loqt["peak_bytes"], loqt["training_seconds"]), ("full", "4000", str(GIB), "4.0"))
+        self.assertEqual([r["ratio"] for r in self.table(*runs, *full, "--reference", "loqt")], ["1.000", "0.667"])
+        self.assertEqual(self.run_report(*runs, "--reference", "lora")[0], 2)
+
+    def test_what_is_not_another_seed(self):
+        runs = [self.run_of("a", 1, 3.0), self.run_of("b", 1, 3.0), self.run_of("c", 2, 3.0, lr=0.02), self.run_of("d", 2, 3.0, init_from="model")]
+        self.assertEqual([r["run"] for r in self.table(*runs)], ["a", "b", "c", "d"])
+
+    def test_runs_that_came_less_far(self):
+        """They are not averaged with the others, and nothing is divided by them."""
+        short, long, full = self.run_of("x_seed-1", 1, 5.0, steps=2), self.run_of("x_seed-2", 2, 3.0), self.run_of("full", 1, 4.0, "full", steps=3)
+        x, f = self.table(short, long, full)
+        self.assertEqual((x["seeds"], x["validation loss"], x["steps"], x["ratio"]), ("1 of 2", "3.0000", "4", "-"))
+        self.assertEqual((f["steps"], f["ratio"]), ("3 of 4", "1.000"))
+        diverged = self.run_of("diverged", 1, 3.0)
+        with open(os.path.join(diverged, "metrics.jsonl"), "a") as file:
+            file.write('{"event": "eval", "time": 9e9, "step": 5, "loss": null, "perplexity": null}\n')
+        self.assertEqual(self.table(diverged)[0]["perplexity"], "-")
+
+    def test_at_seconds(self):
+        """Four steps of half a second each: loss 6 at 0 s, 2 at 2 s, on a line 5 at 0.5 s."""
+        run = self.run_of("a", 1, 2.0, rate=2000.0)
+        self.assertEqual(self.table(run, "--at-seconds", 0.5)[0]["at 0.5 s"], f"{math.exp(5):.2f}")
+        self.assertEqual(self.table(run, "--at-seconds", 2)[0]["at 2 s"], f"{math.exp(2):.2f}")
+        self.assertEqual(self.table(run, "--at-seconds", 2.1)[0]["at 2.1 s"], "-")  # it did not train so long
+
+    def test_interpolation(self):
+        self.assertEqual([run_groups.interpolate([1, 2, 4], [10, 20, 0], x) for x in (0.9, 1, 1.5, 3, 4, 4.1)], [None, 10, 15, 10, 0, None])
+        self.assertIsNone(run_groups.interpolate([1], [10], 1))
+
+    def test_spikes(self):
+        """Sixty losses of 3, then 3.4 (too little), 3.6 and 3.7 (two), and one within the warm-up."""
+        losses = [3.0] * 15 + [9.0] + [3.0] * 44 + [3.4, 3.6, 3.7, None]
+        steps = [{"step": i, "loss": loss} for i, loss in enumerate(losses, 1)]
+        self.assertEqual(run_groups.count_spikes(steps, 16), 2)
+        self.assertEqual(run_groups.count_spikes(steps, 15), 3)
+
+    def test_seconds_of_steps_without_a_line(self):
+        steps = [{"step": 1, "step_ms": 100.0}, {"step": 4, "step_ms": 10.0}]
+        for got, expected in zip(run_groups.training_seconds(steps), (0.1, 0.13)):
+            self.assertAlmostEqual(got, expected)
+
+    def test_best_of_every_method(self):
+        runs = [self.run_of("f1", 1, 3.0, "full", lr=1), self.run_of("f2", 1, 2.9, "full", lr=2), self.run_of("l1", 1, 2.95, lr=1), self.run_of("l2", 1, 3.5, lr=2)]
+        self.assertNotIn("ratio", self.table(*runs)[0])  # two rows of method full: none is the reference
+        self.assertEqual([(r["run"], r["ratio"]) for r in self.table(*runs, "--best")], [("f2", "1.000"), ("l1", f"{math.exp(0.05):.3f}")])
+
+    def test_sweep(self):
+        """Groups are the sweep's; a run that has not begun counts among its seeds."""
+        for name, seed, final in (("a_seed-1", 1, 3.0), ("b", 1, 2.0)):
+            self.run_of(name, seed, final)
+        sweep = {"name": "s", "reference": "base", "runs": [{"name": "a_seed-1", "group": "base"}, {"name": "a_seed-2", "group": "base"}, {"name": "b", "group": "other"}]}
+        with open(os.path.join(self.folder, "sweep.json"), "w") as file:
+            json.dump(sweep, file)
+        a, b = self.table("--sweep", self.folder)
+        self.assertEqual((a["run"], a["seeds"], b["run"], b["ratio"]), ("base", "1 of 2", "other", f"{math.exp(-1):.3f}"))
+
+    def test_unfinished_runs(self):
+        """An empty file, a torn line, a loss that was not finite: nothing may stop the comparison."""
+        empty = write_run(self.folder, "empty", [])
+        torn = write_run(self.folder, "torn", [evaluation(0, 3.0), ("eval", {"step": 1, "loss": None, "perplexity": None})], '{"event": "tra')
+        self.assertEqual([c["validation loss"] for c in self.table(empty, torn, "--at-seconds", 1)], ["-", "-"])
+
+    def test_same_names(self):
+        runs = [loqt_run(self.folder, "x/run"), loqt_run(self.folder, "y/run")]
+        self.assertEqual([r["run"] for r in self.table(*runs)], runs)
+
+    def test_mistakes(self):
+        for args, word in (([os.path.join(self.folder, "nowhere")], "nowhere"), ([], "--sweep"), (["--sweep", self.folder], "sweep.json")):
+            status, _, err = self.run_report(*args)
+            self.assertEqual((status, len(err.splitlines())), (2, 1))
+            self.assertIn(word, err)
+
+    def test_smoothed(self):
+        self.assertEqual(report.smoothed([4.0, 2.0, 6.0, 0.0], 2), [4.0, 3.0, 4.0, 3.0])
+        self.assertEqual(report.smoothed([4.0, 2.0], 1), [4.0, 2.0])
+
+    def test_over_seeds(self):
+        """Only where every seed has a value."""
+        self.assertEqual(report.over_seeds([{1: 2.0, 2: 4.0, 3: 1.0}, {2: 8.0, 1: 2.0}]), [(1, 2.0, 2.0, 2.0), (2, 6.0, 4.0, 8.0)])
+
+    @unittest.skipUnless(MATPLOTLIB, "no matplotlib")
+    def test_picture(self):
+        runs = [loqt_run(self.folder), write_run(self.folder, "empty", []), self.run_of("x_seed-1", 1, 3.0), self.run_of("x_seed-2", 2, 3.5, steps=3)]
+        for x in ("steps", "tokens", "seconds"):
+            path = os.path.join(self.folder, x + ".png")
+            self.table(*runs, "-o", path, "--x", x)
+            with open(path, "rb") as file:
+                self.assertEqual(file.read(8), b"\x89PNG\r\n\x1a\n")
+            self.assertGreater(os.path.getsize(path), 5000)
+
+
+if __name__ == "__main__":
+    unittest.main()
