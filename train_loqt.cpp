@@ -233,8 +233,8 @@ void print_plan(const Arguments& a, Config& config) {
     else if (Device::cuda_usable()) device = Device::open(config.run.device == "auto" ? "cuda" : config.run.device);
     int64_t budget = memory_budget(config, device.get());
     if (budget == 0) budget = int64_t(24) << 30;
-    // A micro-batch that was asked for is planned whether it fits here or not. With updates per layer it is the batch, asked for or not.
-    bool anyhow = config.train.micro_batch != 0 && config.train.updates != "per_layer" && config.run.memory_budget.empty();
+    // A micro-batch that was asked for is planned whether it fits here or not.
+    bool anyhow = config.train.micro_batch != 0 && config.run.memory_budget.empty();
     const Config asked = config;
     MemoryPlan plan;
     try {

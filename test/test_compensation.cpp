@@ -143,7 +143,9 @@ void check_best_of(Device& device) {
         for (int rounds : {1, 2, 4, 8, 16}) {
             Outcome o = compensate(device, x, rounds);
             CHECK(o.result.ok);
-            CHECK(o.error == Approx(o.result.error).epsilon(1e-4));
+            // On a GPU the errors that are compared come by way of s·P·B in TF32: off by 2.1e-4 of it (rms), which is at most some six times
+            // what is left; coherent, that is 1.3e-3 of the error, and on so few elements the signs do not average out.
+            CHECK(o.error == Approx(o.result.error).epsilon(device.is_cuda() ? 1.3e-3 : 1e-4));
             CHECK(o.result.error <= previous);
             CHECK(o.result.best_round <= rounds);
             returned_to_an_earlier_round += o.result.best_round < rounds;
