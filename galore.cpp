@@ -11,14 +11,14 @@ namespace {
 constexpr uint32_t kUpdateStream = 0x20000000;  // rounding of W, apart from that of the moments
 }
 
-void LinearGroup::galore_step(Device& device, Linear& l, AdamStep step) {
+bool LinearGroup::galore_step(Device& device, Linear& l, AdamStep step) {
     ProfileLabel label(device, "galore update");
     Parameter& w = l.dense;
     ScratchScope scope(device);
     Tensor g = scope.tensor("gradient in fp32", DType::f32, l.out, l.in, round_up(l.in, 8));
     convert(device, g, w.logical(w.grad));
     if (refresh_ || device.dry()) refresh_projection(device, l, g, step.step);
-    if (!l.projected && !device.dry()) return;  // no gradient so far: nothing to follow
+    if (!l.projected && !device.dry()) return false;  // no gradient so far: nothing to follow
 
     Tensor p = scope.tensor("P in fp32", DType::f32, l.rank, l.h()), r = scope.tensor("projected gradient", DType::f32, l.n(), l.rank),
            u = scope.tensor("update", DType::f32, l.n(), l.rank);
@@ -36,6 +36,7 @@ void LinearGroup::galore_step(Device& device, Linear& l, AdamStep step) {
     if (step.rounding == ParamRounding::stochastic && value.dtype == DType::bf16)
         add_to_gradient_sum(device, {value, Tensor{}}, g, false, RoundingDraws{step.seed, kUpdateStream + step.stream, step.step});
     else axpby(device, value, 1.0f, g, 1.0f);
+    return true;
 }
 
 void LinearGroup::refresh_projection(Device& device, Linear& l, Tensor gradient, int64_t step) {

@@ -176,11 +176,12 @@ class LinearGroup {
     // P trained (lora.cpp).
     void initialize_factors(Device& device, Linear& l, Tensor w);
     void random_factors(Device& device, Linear& l, int64_t step);
-    void loftq_factors(Device& device, Linear& l, Tensor w);
+    bool loftq_factors(Device& device, Linear& l, Tensor w);
     void balance(Device& device, Tensor p, Tensor b, Tensor scales, Tensor product) const;
     void restart(Device& device, Linear& l, int64_t step);
     // galore.cpp
-    void galore_step(Device& device, Linear& l, AdamStep step);
+    // False, and nothing done, where there is no P yet.
+    bool galore_step(Device& device, Linear& l, AdamStep step);
     void refresh_projection(Device& device, Linear& l, Tensor gradient, int64_t step);
     void carry_moments(Device& device, Linear& l, Tensor p_old, Tensor p_new, int64_t step);
 

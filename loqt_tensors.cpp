@@ -90,7 +90,7 @@ void LinearGroup::register_weight(const Registration& reg, Linear& l) {
     if (!policy_.projects) return register_moments(reg, l.dense, Precision::weight);
     l.b.name = l.name + ".projected", l.b.rows = l.n(), l.b.cols = l.rank;
     register_moments(reg, l.b, Precision::weight);
-    l.dense.take_step = [this, &l](Device& device, const AdamStep& step) { galore_step(device, l, step); };
+    l.dense.take_step = [this, &l](Device& device, const AdamStep& step) { return galore_step(device, l, step); };
 }
 
 void LinearGroup::register_projection(const Registration& reg, Linear& l) {

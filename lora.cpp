@@ -29,8 +29,7 @@ void prune(std::vector<float>& moment, double share) {
 }  // namespace
 
 void LinearGroup::initialize_factors(Device& device, Linear& l, Tensor w) {
-    if (config_->method.name == "loftq") loftq_factors(device, l, w);
-    else random_factors(device, l, 0);
+    if (config_->method.name != "loftq" || !loftq_factors(device, l, w)) random_factors(device, l, 0);
 }
 
 // On the side of x uniform numbers within ±1/√in, on the other zeros: W_eff is W. That is nn.Linear's Kaiming initialization with a = √5, as loralib and PEFT have it.
@@ -45,7 +44,8 @@ void LinearGroup::random_factors(Device& device, Linear& l, int64_t step) {
 }
 
 // LoftQ, Algorithm 1: Q ← NF4(W − s·P·B), then s·P·B ← the best approximation of rank r of W − deq(Q), its singular values shared evenly by both factors.
-void LinearGroup::loftq_factors(Device& device, Linear& l, Tensor w) {
+// False where quantization lost nothing, W being zero for one: two factors of zeros would never learn.
+bool LinearGroup::loftq_factors(Device& device, Linear& l, Tensor w) {
     const float s = scale_;
     ScratchScope scope(device);
     Tensor target = scope.tensor("residual of quantization", DType::f32, l.out, l.in);
@@ -58,16 +58,13 @@ void LinearGroup::loftq_factors(Device& device, Linear& l, Tensor w) {
         nf4_dequantize(device, target, l.w_q);
         axpby(device, target, 1.0f, w, -1.0f);  // W − deq(Q)
         ProjectionResult result = leading_singular_vectors(device, p, target, l.right, ProjectionMethod::gram, Tensor{}, uint64_t(config_->train.seed), 0);
-        if (!result.ok && !device.dry()) {  // nothing was lost: W is zero
-            device.zero(p), device.zero(b);
-            break;
-        }
+        if (!result.ok && !device.dry()) return false;
         matmul(device, b, 1.0f / s, target, l.right ? Op::transpose : Op::none, p, Op::transpose);
         balance(device, p, b, diagonal_matrix, product);
     }
     convert(device, l.a.logical(l.a.value), p);
     convert(device, l.b.logical(l.b.value), b);
-    l.projected = true;
+    return l.projected = true;
 }
 
 // Rows of P are orthonormal, B holds the rest: gives row i of P and column i of B the same length, P·B staying what it is.

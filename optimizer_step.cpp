@@ -65,9 +65,10 @@ void update_parameter(Device& device, const Config& config, Parameter& p, int64_
     if (!p.active && !device.dry()) return;
     ScratchScope scope(device);
     const AdamStep adam = adam_step(config, p, lr, grad_scale, step);
-    if (p.take_step) p.take_step(device, adam);
+    bool taken = true;
+    if (p.take_step) taken = p.take_step(device, adam);
     else adam_update(device, p.logical(p.value), load_gradient(device, scope, p), p.moments, adam, nullptr);
-    ++p.updates;
+    if (taken) ++p.updates;
 }
 
 void update_parameters(Device& device, Llama& model, const Config& config, int64_t step, double lr, double grad_scale) {

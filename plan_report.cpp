@@ -18,7 +18,7 @@ double activations_of(const Config& config, const MemoryPlan& plan) { return dou
 
 std::string describe_plan(const Config& config, const MemoryPlan& plan, DeviceKind kind, int64_t budget) {
     std::string text = format("%s, %.2f M parameters, method %s", config.run.dir.c_str(), double(parameter_count(config)) / 1e6, config.method.name.c_str());
-    if (config.low_rank()) text += format(", rank %lld", (long long)config.method.rank);
+    if (config.method.name != "full") text += format(", rank %lld", (long long)config.method.rank);
     text += format("\nplanned for %s, sequence %lld, batch %lld = %lld × micro-batch %lld (%lld tokens)\n\n", kind == DeviceKind::cuda ? "a GPU" : "the CPU",
                    (long long)config.train.seq_len, (long long)config.train.batch, (long long)config.micro_batches(), (long long)config.train.micro_batch,
                    (long long)tokens_of(config));
@@ -42,7 +42,7 @@ std::string plan_to_json(const Config& config, const MemoryPlan& plan, DeviceKin
         choices[choice.key] = {{"value", number ? json(std::stoll(choice.value)) : json(choice.value)}, {"auto", choice.automatic}};
     }
     json plan_json = {{"run_dir", config.run.dir}, {"device", kind == DeviceKind::cuda ? "cuda" : "cpu"}, {"method", config.method.name},
-                      {"rank", config.low_rank() ? json(config.method.rank) : json()}, {"parameters", parameter_count(config)},
+                      {"rank", config.method.name != "full" ? json(config.method.rank) : json()}, {"parameters", parameter_count(config)},
                       {"model", {{"hidden", m.hidden}, {"intermediate", m.intermediate}, {"heads", m.heads}, {"kv_heads", config.kv_heads()}, {"layers", m.layers}, {"vocab", m.vocab}}},
                       {"seq_len", config.train.seq_len}, {"batch", config.train.batch}, {"micro_batches", config.micro_batches()}, {"tokens_per_micro_batch", tokens_of(config)},
                       {"lines", lines}, {"total", plan.total}, {"budget", budget ? json(budget) : json()},

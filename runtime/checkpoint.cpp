@@ -48,7 +48,7 @@ bool contains(const std::string& text, const char* part) { return text.find(part
 
 // The config keys that give this tensor its shape.
 const char* keys_behind(const std::string& name) {
-    if (contains(name, ".P") || contains(name, ".B")) return "method.rank, model.hidden or model.intermediate";
+    if (contains(name, ".P") || contains(name, ".A") || contains(name, ".B") || contains(name, ".projected")) return "method.rank, model.hidden or model.intermediate";
     if (contains(name, "embed_tokens") || contains(name, "lm_head")) return "model.vocab or model.hidden";
     if (contains(name, "_proj") && contains(name, "mlp.")) return "model.intermediate or model.hidden";
     if (contains(name, "k_proj") || contains(name, "v_proj")) return "model.kv_heads or model.hidden";

@@ -310,8 +310,8 @@ std::vector<std::string> config_differences(const Config& a, const Config& b) {
 }
 
 bool fixed_for_resume(const std::string& key) {
-    // rank and layer shapes decide the tensors; seed, sequence length and layout decide which sample comes next.
-    static const std::vector<std::string> fixed = {"method.name", "method.rank", "method.double_quant", "method.quantize_projection", "optimizer.moments", "optimizer.embedding_moments",
+    // rank and layer shapes decide the tensors, s of W + s·P·B what they mean; seed, sequence length and layout decide which sample comes next.
+    static const std::vector<std::string> fixed = {"method.name", "method.rank", "method.scale", "method.lora_alpha", "method.double_quant", "method.quantize_projection", "optimizer.moments", "optimizer.embedding_moments",
                                                    "optimizer.rounding",
                                                    "train.seed", "train.seq_len", "train.batch", "data.layout", "data.shuffle", "data.pad_id"};
     return key.rfind("model.", 0) == 0 || std::find(fixed.begin(), fixed.end(), key) != fixed.end();

@@ -111,6 +111,6 @@ TEST_CASE("config: what is written reads back the same, and overrides win", "[co
     CHECK_FALSE(again.method.double_quant);
     again.method.rank = 3;
     CHECK(config_differences(c, again) == std::vector<std::string>{"method.rank: 128 -> 3"});
-    CHECK(fixed_for_resume("method.rank"));
+    for (const char* key : {"method.rank", "method.scale", "method.lora_alpha"}) CHECK(fixed_for_resume(key));
     CHECK_FALSE(fixed_for_resume("optimizer.lr"));
 }

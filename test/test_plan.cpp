@@ -267,6 +267,12 @@ TEST_CASE("plan: says what was chosen and by whom", "[plan]") {
     for (auto& line : plan.lines) CHECK(text.find(line.first) != std::string::npos);
     for (const PlannedChoice& each : plan.choices) CHECK(text.find(each.key) != std::string::npos);
     CHECK(nlohmann::json::parse(plan_to_json(c, plan, DeviceKind::cuda, 0))["budget"].is_null());
+    for (const char* method : {"full", "galore", "lora"}) {
+        c.method.name = method;
+        const bool ranked = method != std::string("full");
+        CHECK(nlohmann::json::parse(plan_to_json(c, plan, DeviceKind::cuda, 0))["rank"] == (ranked ? nlohmann::json(c.method.rank) : nlohmann::json()));
+        CHECK((describe_plan(c, plan, DeviceKind::cuda, 0).find(", rank ") != std::string::npos) == ranked);
+    }
 }
 
 TEST_CASE("a device holds to its limit, forks and their libraries included", "[plan]") {

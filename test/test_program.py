@@ -194,6 +194,13 @@ class DamageTest(ProgramTest):
                 other = self.train("--steps", 3, *options)
                 shutil.copy(checkpoint(other, 3), checkpoint(name, 3))
                 self.mistake(("--resume", "--run.dir", name), "step-00000003.safetensors", word)
+        for method in ("lora", "galore"):
+            with self.subTest(method):
+                name, other = (self.train("--steps", 3, "--method", method, "--rank", rank) for rank in (32, 8))
+                shutil.copy(checkpoint(other, 3), checkpoint(name, 3))
+                self.mistake(("--resume", "--run.dir", name), "step-00000003.safetensors", "method.rank")
+        name = self.train("--steps", 3)
+        self.mistake(("--resume", "--run.dir", name, "--scale", 0.25), "--resume cannot change method.scale")
 
     def check_full_disk(self, name, reference, checkpoint_names):
         self.assertEqual(checkpoints(name), checkpoint_names)  # no temporary either
