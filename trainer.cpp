@@ -39,6 +39,12 @@ std::vector<CheckpointTensor> saved_tensors_of(Llama& model) {
     return list;
 }
 
+// Whether a matrix's first merge starts from its true weights.
+bool merges_from_source(const Config& config) {
+    const MethodPolicy policy = method_policy(config);
+    return policy.adapters && policy.projects;
+}
+
 // Counters of the parameters that tensors do not hold.
 std::string parameter_counters(Llama& model) {
     json counters = json::object();
@@ -111,13 +117,18 @@ void Trainer::open_initial_weights() {
     source_ = config_.run.init_from.empty() ? random_weights(config_) : huggingface_weights(config_, config_.run.init_from);
 }
 
+void Trainer::initialize() {
+    model_->initialize(source_);
+    if (!merges_from_source(config_)) source_ = nullptr;
+}
+
 void Trainer::start_fresh() {
     open_initial_weights();
     fs::path dir = config_.run.dir;
     make_directories((dir / "checkpoints").string());
     lock_ = std::make_unique<DirectoryLock>(config_.run.dir);
     write_file((dir / "config.json").string(), config_to_json(config_));
-    model_->initialize(source_);
+    initialize();
 }
 
 void Trainer::restore() {
@@ -125,15 +136,14 @@ void Trainer::restore() {
     if (list_checkpoints(checkpoint_folder(config_)).empty()) {
         // Killed before its first checkpoint: the same seed makes the same run again.
         open_initial_weights();
-        model_->initialize(source_);
+        initialize();
         return;
     }
     CheckpointFile file = newest_checkpoint(config_);
     Metadata metadata = load_checkpoint(device_, file.path, saved_tensors_of(*model_));
     restore_counters(*model_, metadata.at("parameters"));
     step_ = std::stoll(metadata.at("step"));
-    const MethodPolicy policy = method_policy(config_);
-    if (policy.adapters && policy.projects && model_->projected_matrices() < model_->matrices()) open_initial_weights();
+    if (merges_from_source(config_) && model_->projected_matrices() < model_->matrices()) open_initial_weights();
     skipped_ = std::stoll(metadata.at("skipped"));
     // Allowed, but no longer the run that was interrupted: positions in the order of samples now mean other samples.
     if (metadata.at("samples") != std::to_string(train_data_->samples()))

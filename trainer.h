@@ -24,7 +24,8 @@ class Trainer {
     void run();
 
   private:
-    void open_initial_weights();  // needed until the first merge is done
+    void open_initial_weights();  // random numbers or another model
+    void initialize();            // from these, which stay open only as long as a first merge may start from them
     void start_fresh();
     void restore();
     void train_step();
