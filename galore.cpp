@@ -33,6 +33,7 @@ bool LinearGroup::galore_step(Device& device, Linear& l, AdamStep step) {
     add_adapter(device, l, g, p, u, 0.0f, 1.0f);  // g ← the whole update
     Tensor value = w.logical(w.value);
     if (step.weight_decay > 0) axpby(device, g, float(-step.lr * step.weight_decay), value, 1.0f);
+    // W + update is what a sum of gradients is: bf16 + fp32, rounded stochastically.
     if (step.rounding == ParamRounding::stochastic && value.dtype == DType::bf16)
         add_to_gradient_sum(device, {value, Tensor{}}, g, false, RoundingDraws{step.seed, kUpdateStream + step.stream, step.step});
     else axpby(device, value, 1.0f, g, 1.0f);

@@ -16,6 +16,8 @@
 
 namespace {
 
+constexpr Tensor Nf4Tensor::*kNf4Parts[] = {&Nf4Tensor::codes, &Nf4Tensor::absmax, &Nf4Tensor::codes8, &Nf4Tensor::scale2, &Nf4Tensor::offset};
+
 // Scratch that a job works with: until it has the projection, and until it has ended. The later one goes first.
 struct JobScratch {
     ScratchScope whole;
@@ -30,7 +32,7 @@ NextProjection LinearGroup::scratch_projection(ScratchScope& scope, const Linear
     NextProjection next;
     if (policy_.quantized_p) {
         next.q = l.p_q;
-        for (auto part : {&Nf4Tensor::codes, &Nf4Tensor::absmax, &Nf4Tensor::codes8, &Nf4Tensor::scale2, &Nf4Tensor::offset})
+        for (auto part : kNf4Parts)
             if (Tensor t = l.p_q.*part; t.numel()) next.q.*part = scope.tensor("next P", t.dtype, t.rows, t.cols);
     } else {
         next.p = scope.tensor("next P", l.p.dtype, l.rank, l.h());
@@ -152,7 +154,7 @@ void LinearGroup::reinitialize_one(Device& device, Linear& l, const NextProjecti
         device.zero(l.b.value);
     }
     if (policy_.quantized_p) {
-        for (auto part : {&Nf4Tensor::codes, &Nf4Tensor::absmax, &Nf4Tensor::codes8, &Nf4Tensor::scale2, &Nf4Tensor::offset})
+        for (auto part : kNf4Parts)
             if ((l.p_q.*part).numel()) device.copy((l.p_q.*part).data, (next.q.*part).data, (l.p_q.*part).bytes());
     } else {
         device.copy(l.p.data, next.p.data, l.p.bytes());

@@ -3,10 +3,10 @@
 #include <memory>
 
 #include "llama.h"
-#include "optimizer_step.h"
 #include "runtime/hf.h"
 #include "runtime/safetensors.h"
 #include "test/support.h"
+#include "training_step.h"
 #include "weight_source.h"
 
 // Configuration of a fixture directory with a method; batch 3 × 24 tokens as the reference has it.
@@ -97,6 +97,39 @@ struct SmallModel {
         OnDevice p(device, DType::f32, l.rank, l.h());
         nf4_dequantize(device, p, l.p_q);
         return p.read();
+    }
+};
+
+// The fixture that a device can run.
+inline std::string fixture_for(const Device& device) { return device.is_cuda() ? "test/fixtures/llama_gpu" : "test/fixtures/llama_tiny"; }
+
+// A fixture's model from random weights (or given ones), trained on its batch a step at a time as the trainer does it.
+struct TrainingRun {
+    Config config;
+    WeightSource source;
+    ReferenceModel reference;
+    SmallModel small;
+    std::vector<Batch> batches;
+    StepPlan plan;  // of the last step
+
+    TrainingRun(Device& device, const Config& c, WeightSource weights = nullptr)
+        : config(c), source(weights ? weights : random_weights(c)), reference(fixture_for(device), c.model.vocab), small(device, c, source), batches{reference.batch} {
+        if (c.micro_batches() > 1) batches = {reference.row(0, c.model.vocab), reference.row(1, c.model.vocab), reference.row(2, c.model.vocab)};
+    }
+    // The gradients of a step, with what is updated and merged inside the backward pass.
+    StepGradients backward(int64_t number, double lr, bool merges) {
+        plan.step = number, plan.lr = lr, plan.merges = merges, plan.source = number ? nullptr : &source;
+        return accumulate_gradients(small.device, small.model, config, small.sums, batches, plan);
+    }
+    StepGradients step(int64_t number, double lr, bool merges) {
+        StepGradients gradients = backward(number, lr, merges);
+        apply_gradients(small.device, small.model, config, plan, gradients.norm);
+        if (merges) {
+            MergeStatistics merged = small.model.merge(number, plan.source);
+            CHECK(merged.failed == 0);
+            CHECK(merged.matrices == small.model.matrices());
+        }
+        return gradients;
     }
 };
 

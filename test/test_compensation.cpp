@@ -143,9 +143,9 @@ void check_best_of(Device& device) {
         for (int rounds : {1, 2, 4, 8, 16}) {
             Outcome o = compensate(device, x, rounds);
             CHECK(o.result.ok);
-            // On a GPU the errors that are compared come by way of s·P·B in TF32: off by 2.1e-4 of it (rms), which is at most some six times
-            // what is left; coherent, that is 1.3e-3 of the error, and on so few elements the signs do not average out.
-            CHECK(o.error == Approx(o.result.error).epsilon(device.is_cuda() ? 1.3e-3 : 1e-4));
+            // On a GPU the reported error comes by way of s·P·B with P in TF32, and on so few elements the signs do not average out: of 24,000
+            // such errors in a simulation the median was off by 1.4e-5, one in 2,000 by 1e-4, the worst by 1.4e-4.
+            CHECK(o.error == Approx(o.result.error).epsilon(device.is_cuda() ? 3e-4 : 1e-4));
             CHECK(o.result.error <= previous);
             CHECK(o.result.best_round <= rounds);
             returned_to_an_earlier_round += o.result.best_round < rounds;

@@ -2,31 +2,11 @@
 #include <algorithm>
 
 #include "test/model_fixture.h"
-#include "training_step.h"
 
 namespace {
 
-std::string directory_for(const Device& device) { return device.is_cuda() ? "test/fixtures/llama_gpu" : "test/fixtures/llama_tiny"; }
-
-struct Run {
-    Config config;
-    WeightSource source;
-    ReferenceModel reference;
-    SmallModel small;
-
-    Run(Device& device, const Config& c) : Run(device, c, random_weights(c)) {}
-    Run(Device& device, const Config& c, const WeightSource& weights) : config(c), source(weights), reference(directory_for(device), c.model.vocab), small(device, c, source) {}
-    double step(int64_t number, double lr, bool merges) {
-        StepPlan plan;
-        plan.step = number, plan.lr = lr, plan.merges = merges, plan.source = number ? nullptr : &source;
-        StepGradients gradients = accumulate_gradients(small.device, small.model, config, small.sums, {reference.batch}, plan);
-        apply_gradients(small.device, small.model, config, plan, gradients.norm);
-        if (merges) {
-            MergeStatistics merged = small.model.merge(number, plan.source);
-            CHECK(merged.failed == 0);
-        }
-        return gradients.loss;
-    }
+struct Run : TrainingRun {
+    using TrainingRun::TrainingRun;
     std::vector<std::vector<float>> effective_weights() {
         std::vector<std::vector<float>> all;
         for (LinearGroup* group : small.model.groups())
@@ -43,7 +23,7 @@ struct Run {
 };
 
 Config method_config(const Device& device, const std::string& method) {
-    Config c = fixture_config(directory_for(device), method);
+    Config c = fixture_config(fixture_for(device), method);
     c.optimizer.clip = 0;
     c.train.seed = int64_t(fresh_seed());
     return c;
@@ -87,7 +67,7 @@ void check_galore_is_loqt_nq(Device& device) {
                 if (t) device.zero(t);
         });
     }
-    for (int64_t step = 1; step <= 6; ++step) CHECK(galore.step(step, 2e-3, false) == Approx(nq.step(step, 2e-3, false)).epsilon(2e-5));
+    for (int64_t step = 1; step <= 6; ++step) CHECK(galore.step(step, 2e-3, false).loss == Approx(nq.step(step, 2e-3, false).loss).epsilon(2e-5));
     auto a = nq.effective_weights(), b = galore.effective_weights();
     for (size_t i = 0; i < a.size(); ++i) {
         std::vector<float> moved = difference(a[i], before[i]), other = difference(b[i], before[i]);
@@ -135,11 +115,9 @@ void check_galore_without_gradient(Device& device) {
     Run run(device, c, without_o_proj(c));
     auto before = run.effective_weights();
     for (int64_t step = 0; step < 3; ++step) {
-        StepPlan plan;
-        plan.step = step, plan.lr = 1e-2, plan.merges = step == 0, plan.source = nullptr;
-        StepGradients gradients = accumulate_gradients(run.small.device, run.small.model, c, run.small.sums, {run.reference.batch}, plan);
-        apply_gradients(run.small.device, run.small.model, c, plan, gradients.norm);
-        if (plan.merges) CHECK(run.small.model.merge(step, nullptr).failed == 3 * int(c.model.layers));
+        StepGradients gradients = run.backward(step, 1e-2, step == 0);
+        apply_gradients(device, run.small.model, c, run.plan, gradients.norm);
+        if (step == 0) CHECK(run.small.model.merge(step, nullptr).failed == 3 * int(c.model.layers));
     }
     auto after = run.effective_weights();
     for (LinearGroup* group : run.small.model.groups()) group->restored();
@@ -175,8 +153,8 @@ void check_lora_start(Device& device) {
             CHECK(std::sqrt(squares / double(x.size())) == Approx(bound / std::sqrt(3.0)).epsilon(0.1));
             CHECK(std::all_of(zero.begin(), zero.end(), [](float v) { return v == 0; }));
         });
-        double first = run.step(0, 1e-2, false), last = first;
-        for (int64_t step = 1; step < 25; ++step) last = run.step(step, 1e-2, false);
+        double first = run.step(0, 1e-2, false).loss, last = first;
+        for (int64_t step = 1; step < 25; ++step) last = run.step(step, 1e-2, false).loss;
         CHECK(last < first - 0.3);
     }
 }
@@ -274,6 +252,22 @@ TEST_CASE("loftq trains a matrix that quantization leaves as it is", "[methods]"
 TEST_CASE("lora, qlora and relora start from W and learn", "[methods]") { check_lora_start(*test_device("cpu")); }
 TEST_CASE("loftq loses less with every alternation", "[methods]") { check_loftq(*test_device("cpu")); }
 TEST_CASE("a relora restart leaves the function and prunes the moments", "[methods]") { check_restart(*test_device("cpu")); }
+
+TEST_CASE("every method has a policy, and the configuration knows which have adapters", "[methods]") {
+    Config c;
+    std::string names;
+    visit_config(c, [&](const std::string& path, auto&, const char*, const char* choices) {
+        if (path == "method.name") names = choices;
+    });
+    int count = 0;
+    for (size_t begin = 0, end; begin < names.size(); begin = end + 1, ++count) {
+        end = std::min(names.find('|', begin), names.size());
+        c.method.name = names.substr(begin, end - begin);
+        INFO(c.method.name);
+        CHECK(c.low_rank() == method_policy(c).adapters);
+    }
+    CHECK(count == 8);
+}
 
 TEST_CASE("relora: the rate rises anew after every restart", "[methods]") {
     Config c;

@@ -3,14 +3,11 @@
 
 #include "runtime/workers.h"
 #include "test/model_fixture.h"
-#include "training_step.h"
 
 namespace {
 
 constexpr int64_t kSteps = 5;
 bool merges_at(int64_t step) { return step == 0 || step == 3; }
-
-std::string directory_for(const Device& device) { return device.is_cuda() ? "test/fixtures/llama_gpu" : "test/fixtures/llama_tiny"; }
 
 struct Outcome {
     std::vector<double> losses, norms;
@@ -19,28 +16,17 @@ struct Outcome {
 
 // A few steps of real training with two merges.
 Outcome train(Device& device, const Config& c, int worker_count = 0) {
-    ReferenceModel reference(directory_for(device), c.model.vocab);
-    WeightSource source = random_weights(c);
-    SmallModel small(device, c, source);
+    TrainingRun run(device, c);
     std::unique_ptr<Workers> workers;
     if (worker_count) workers = std::make_unique<Workers>(device, worker_count, int64_t(64) << 20);
-    std::vector<Batch> batches{reference.batch};
-    if (c.micro_batches() > 1) batches = {reference.row(0, c.model.vocab), reference.row(1, c.model.vocab), reference.row(2, c.model.vocab)};
     Outcome outcome;
     for (int64_t step = 0; step < kSteps; ++step) {
-        StepPlan plan;
-        plan.step = step, plan.lr = 1e-3, plan.merges = makes_anew(c) && merges_at(step), plan.source = step ? nullptr : &source;
-        StepGradients gradients = accumulate_gradients(device, small.model, c, small.sums, batches, plan);
-        CHECK(gradients.updated == (updates_per_layer(c) || (plan.merges && merges_inside_backward(c))));
-        apply_gradients(device, small.model, c, plan, gradients.norm);
-        if (plan.merges) {
-            MergeStatistics merged = small.model.merge(step, plan.source);
-            CHECK(merged.failed == 0);
-            CHECK(merged.matrices == small.model.matrices());
-        }
+        const bool merges = makes_anew(c) && merges_at(step);
+        StepGradients gradients = run.step(step, 1e-3, merges);
+        CHECK(gradients.updated == (updates_per_layer(c) || (merges && merges_inside_backward(c))));
         outcome.losses.push_back(gradients.loss), outcome.norms.push_back(gradients.norm);
     }
-    for (const TensorEntry& e : small.model.table().entries()) {
+    for (const TensorEntry& e : run.small.model.table().entries()) {
         if (!e.saved) continue;
         std::vector<char>& bytes = outcome.state[e.name];
         bytes.resize(e.holder->bytes());
@@ -60,7 +46,7 @@ void check_same(const Outcome& a, const Outcome& b) {
 }
 
 Config base_config(const Device& device, const std::string& method, int64_t micro_batch = 3) {
-    Config c = fixture_config(directory_for(device), method, micro_batch);
+    Config c = fixture_config(fixture_for(device), method, micro_batch);
     c.optimizer.clip = 0;
     c.train.seed = int64_t(fresh_seed());
     return c;
@@ -110,22 +96,43 @@ void check_recompute(Device& device) {
     }
 }
 
-// Gradients summed in few bits are those in fp32 with small unbiased errors, and training with them goes the same way.
+// The gradients of a second step from the same weights, three micro-batches summed, by parameter.
+std::map<std::string, std::vector<float>> second_gradients(Device& device, const Config& c) {
+    TrainingRun run(device, c);
+    run.step(0, 0.0, c.low_rank());  // without a step: only P and B come into being
+    run.backward(1, 0.0, false);
+    std::map<std::string, std::vector<float>> all;
+    for (Parameter* p : run.small.model.parameters()) {
+        ScratchScope scope(device);
+        all[p->name] = run.small.read(load_gradient(device, scope, *p));
+    }
+    return all;
+}
+
+// Gradients summed in few bits are those in fp32 up to their rounding: three additions of 0.17 % (bf16) or, where one element of a block is far
+// larger than the rest, a few times 0.7 % (8 bits; 1.7 to 3.4 % here). What is not summed in few bits is the same to the bit.
 void check_narrow_sums(Device& device) {
     for (const char* method : {"full", "loqt"}) {
         Config c = base_config(device, method, 1);
         INFO(method << " seed " << c.train.seed);
-        Outcome exact = train(device, c);
-        for (auto [name, limit] : {std::pair<const char*, double>{"bf16", 0.01}, {"int8", 0.03}}) {
+        auto exact = second_gradients(device, c);
+        for (const char* name : {"bf16", "int8"}) {
             INFO(name);
             c.train.gradients = name;
-            Outcome narrow = train(device, c);
-            CHECK(narrow.losses[0] == exact.losses[0]);
-            for (int64_t i = 1; i < kSteps; ++i) {
-                CHECK(narrow.losses[i] == Approx(exact.losses[i]).margin(0.02));
-                CHECK(narrow.norms[i] == Approx(exact.norms[i]).epsilon(limit + 0.05));
+            auto narrow = second_gradients(device, c);
+            for (auto& [parameter, gradient] : exact) {
+                INFO(parameter);
+                const bool norm = parameter.find("norm") != std::string::npos;
+                const bool codes = parameter.find(".B") != std::string::npos && name == std::string("int8");
+                if (norm || (!codes && !device.is_cuda())) {
+                    CHECK(narrow.at(parameter) == gradient);
+                } else {
+                    double error = relative_error(narrow.at(parameter), std::vector<double>(gradient.begin(), gradient.end()));
+                    CHECK(error > 0);
+                    CHECK(error < (codes ? 0.05 : 0.006));
+                }
             }
-            check_same(narrow, train(device, c));
+            check_same(train(device, c), train(device, c));
         }
     }
 }
@@ -134,14 +141,9 @@ void check_narrow_sums(Device& device) {
 void check_nonfinite(Device& device) {
     Config c = base_config(device, "loqt");
     c.train.updates = "per_layer";
-    ReferenceModel reference(directory_for(device), c.model.vocab);
-    WeightSource source = random_weights(c);
-    SmallModel small(device, c, source);
-    StepPlan plan;
-    plan.merges = true, plan.source = &source, plan.lr = 1e-3;
-    accumulate_gradients(device, small.model, c, small.sums, {reference.batch}, plan);
-    apply_gradients(device, small.model, c, plan, 1);
-    small.model.merge(0, &source);
+    TrainingRun run(device, c);
+    run.step(0, 1e-3, true);
+    SmallModel& small = run.small;
     Parameter& norm = small.parameter("model.norm.weight");
     std::vector<float> poison(norm.value.numel(), std::nanf(""));
     device.upload(norm.value.data, poison.data(), norm.value.bytes());
@@ -152,8 +154,7 @@ void check_nonfinite(Device& device) {
         return all;
     };
     auto before = state();
-    plan.step = 1;
-    StepGradients gradients = accumulate_gradients(device, small.model, c, small.sums, {reference.batch}, plan);
+    StepGradients gradients = run.backward(1, 1e-3, true);
     CHECK_FALSE(std::isfinite(gradients.loss));
     CHECK_FALSE(gradients.updated);
     CHECK(state() == before);
@@ -165,22 +166,15 @@ void check_kept_effective_weights(Device& device) {
         Config c = base_config(device, "loqt");
         c.train.updates = updates, c.train.effective_weights = "cached";
         INFO(updates << " seed " << c.train.seed);
-        ReferenceModel reference(directory_for(device), c.model.vocab);
-        WeightSource source = random_weights(c);
-        SmallModel small(device, c, source);
-        StepPlan plan;
-        plan.merges = true, plan.source = &source, plan.lr = 1e-2;
-        accumulate_gradients(device, small.model, c, small.sums, {reference.batch}, plan);
-        apply_gradients(device, small.model, c, plan, 1);
-        small.model.merge(0, &source);
-        plan.step = 1, plan.merges = c.train.updates != "per_layer";
-        CHECK(accumulate_gradients(device, small.model, c, small.sums, {reference.batch}, plan).updated);
+        TrainingRun run(device, c);
+        run.step(0, 1e-2, true);
+        CHECK(run.backward(1, 1e-2, c.train.updates != "per_layer").updated);
         auto loss = [&] {
-            small.model.evaluate(reference.batch, small.sums.losses(), 0);
-            return small.sums.read_losses(1);
+            run.small.model.evaluate(run.reference.batch, run.small.sums.losses(), 0);
+            return run.small.sums.read_losses(1);
         };
         double kept = loss();
-        small.model.invalidate();
+        run.small.model.invalidate();
         CHECK(kept == loss());
     }
 }
