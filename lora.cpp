@@ -13,17 +13,18 @@ namespace {
 
 constexpr uint32_t kFactorStream = 0x10000000;  // apart from the parameters' other random numbers
 
-// Sets the `share` of the elements of a moment that are smallest in magnitude to zero. The first of equal ones go first.
-void prune(std::vector<float>& moment, double share) {
-    std::vector<int64_t> order(moment.size());
+// The `share` of the elements of the second moment that are smallest; of equal ones the first.
+std::vector<int64_t> smallest_elements(const std::vector<float>& second_moment, double share) {
+    std::vector<int64_t> order(second_moment.size());
     for (size_t i = 0; i < order.size(); ++i) order[i] = int64_t(i);
-    const int64_t zeros = std::min<int64_t>(int64_t(order.size()), std::llround(share * double(order.size())));
+    const int64_t count = std::min<int64_t>(int64_t(order.size()), std::llround(share * double(order.size())));
     auto smaller = [&](int64_t a, int64_t b) {
-        float x = std::fabs(moment[a]), y = std::fabs(moment[b]);
+        float x = second_moment[size_t(a)], y = second_moment[size_t(b)];
         return x < y || (x == y && a < b);
     };
-    if (zeros < int64_t(order.size())) std::nth_element(order.begin(), order.begin() + zeros, order.end(), smaller);
-    for (int64_t i = 0; i < zeros; ++i) moment[order[i]] = 0;
+    if (count < int64_t(order.size())) std::nth_element(order.begin(), order.begin() + count, order.end(), smaller);
+    order.resize(size_t(count));
+    return order;
 }
 
 }  // namespace
@@ -89,6 +90,8 @@ void LinearGroup::balance(Device& device, Tensor p, Tensor b, Tensor scales, Ten
 }
 
 // ReLoRA's restart: W takes the adapter in, the factors start anew, most of Adam's moments are set to zero. The function of the layer stays what it was.
+// Both moments lose the same elements. Pruned each by its own magnitude, as the authors' code does, some elements keep m and lose v, and the next steps move
+// them by lr·m/√(0.001·g²), which has no bound: two of twelve runs of a small model jumped back to where they began.
 void LinearGroup::restart(Device& device, Linear& l, int64_t step) {
     {
         ScratchScope scope(device);
@@ -104,14 +107,17 @@ void LinearGroup::restart(Device& device, Linear& l, int64_t step) {
     for (Parameter* parameter : {&l.a, &l.b}) {
         AdamState& state = parameter->moments;
         if (state.correction) device.zero(state.correction);
-        for (bool second : {false, true}) {
+        const int64_t n = parameter->rows * parameter->cols;
+        std::vector<int64_t> pruned;
+        for (bool second : {true, false}) {
             ScratchScope scope(device);
-            Tensor moment = scope.tensor("moment in fp32", DType::f32, 1, parameter->rows * parameter->cols);
+            Tensor moment = scope.tensor("moment in fp32", DType::f32, 1, n);
             adam_load_moment(device, moment, state, second);
             if (device.dry()) continue;
-            std::vector<float> host(size_t(moment.numel()));
+            std::vector<float> host(static_cast<size_t>(n));
             device.download(host.data(), moment.data, moment.bytes());
-            prune(host, config_->method.relora_prune);
+            if (second) pruned = smallest_elements(host, config_->method.relora_prune);
+            for (int64_t i : pruned) host[size_t(i)] = 0;
             device.upload(moment.data, host.data(), moment.bytes());
             adam_store_moment(device, state, second, moment, uint64_t(config_->train.seed), parameter->stream, uint32_t(step));
         }
