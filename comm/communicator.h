@@ -1,0 +1,42 @@
+// Collective operations between the devices of a run's ranks: NCCL between GPUs, Gloo between CPUs. All ranks call the same ones in the same
+// order, from the thread that owns the device.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "comm/control.h"
+#include "runtime/device.h"
+
+class Communicator {
+  public:
+    // Connects all ranks of control.world() and attaches itself to `device` until it ends. UserError where this binary or machine cannot
+    // (see available).
+    static std::unique_ptr<Communicator> connect(Device& device, Control& control);
+    // Whether this binary can; why_not names the library that was missing when it was built.
+    static bool available(DeviceKind kind, std::string* why_not = nullptr);
+    // What the library takes of a device's memory for itself, for the plan (an estimate).
+    static int64_t library_bytes(DeviceKind kind);
+    virtual ~Communicator();
+    Communicator(const Communicator&) = delete;
+
+    Control& control() const { return control_; }
+    int rank() const { return control_.world().rank; }
+    int size() const { return control_.world().size; }
+
+    // These are queued: they begin when what is queued on the device by now is done, and may run beside what is queued later, until finish().
+    // Tensors: contiguous (ld = cols), f32 or bf16 (cpu: f32), of the same shapes on all ranks. The sums have the same bits on all ranks and in every run.
+    virtual void all_reduce(const std::vector<Tensor>& tensors) = 0;  // each ← its sum over ranks
+    virtual void reduce(Tensor tensor, int root) = 0;                 // on root: ← the sum; elsewhere left undefined
+    virtual void broadcast(const std::vector<Tensor>& tensors, int root) = 0;  // any dtype, whole bytes
+    // What is queued on the device from now on comes after all of the above. Does not wait.
+    virtual void finish() = 0;
+    // Values on the host, f64: each ← its sum over ranks, the same bits on all. `what` names it should it never end. Waits for all that is queued.
+    virtual void sum(std::vector<double>& values, const char* what) = 0;
+
+  protected:
+    Communicator(Device& device, Control& control);
+    Device& device_;
+    Control& control_;
+};
