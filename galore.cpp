@@ -2,6 +2,7 @@
 //   left   R = G·Pᵀ (n, r)    W ← W + s·U·P         U = Adam's update for R, learning rate and sign included
 //   right  R = Gᵀ·Pᵀ (n, r)   W ← W + s·(U·P)ᵀ
 // P: (r, h), the leading singular vectors of the gradient at the last refresh, on the same side as LoQT's.
+#include "comm/communicator.h"
 #include "loqt.h"
 #include "ops/elementwise.h"
 #include "ops/matmul.h"
@@ -17,7 +18,16 @@ bool LinearGroup::galore_step(Device& device, Linear& l, AdamStep step) {
     ScratchScope scope(device);
     Tensor g = scope.tensor("gradient in fp32", DType::f32, l.out, l.in, round_up(l.in, 8));
     convert(device, g, w.logical(w.grad));
-    if (refresh_ || device.dry()) refresh_projection(device, l, g, step.step);
+    if (refresh_ || device.dry()) {  // inside the backward pass; else refresh_projections was first
+        if (owns(device, l)) refresh_projection(device, l, g, step.step);
+        if (Communicator* ranks = device.communicator()) {
+            std::vector<double> outcome;
+            add_outcome(device, l, outcome);
+            ranks->sum(outcome, "a new projection");
+            take_outcome(device, l, outcome.data());
+            ranks->finish();
+        }
+    }
     if (!l.projected && !device.dry()) return false;  // no gradient so far: nothing to follow
 
     Tensor p = scope.tensor("P in fp32", DType::f32, l.rank, l.h()), r = scope.tensor("projected gradient", DType::f32, l.n(), l.rank),
@@ -38,6 +48,19 @@ bool LinearGroup::galore_step(Device& device, Linear& l, AdamStep step) {
         add_to_gradient_sum(device, {value, Tensor{}}, g, false, RoundingDraws{step.seed, kUpdateStream + step.stream, step.step});
     else axpby(device, value, 1.0f, g, 1.0f);
     return true;
+}
+
+void LinearGroup::refresh_projections(Device& device, int64_t step) {
+    if (!refresh_) return;
+    refresh_ = false;
+    ProfileLabel label(device, "projection");
+    for (Linear& l : linears_) {
+        if (!owns(device, l)) continue;
+        ScratchScope scope(device);
+        Tensor g = scope.tensor("gradient in fp32", DType::f32, l.out, l.in, round_up(l.in, 8));
+        convert(device, g, l.dense.logical(l.dense.grad));
+        refresh_projection(device, l, g, step);
+    }
 }
 
 void LinearGroup::refresh_projection(Device& device, Linear& l, Tensor gradient, int64_t step) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "comm/communicator.h"
 #include "ops/cross_entropy.h"
 #include "ops/elementwise.h"
 #include "ops/embedding.h"
@@ -40,6 +41,7 @@ Llama::Llama(const Config& config, Device& device, bool training)
     if (device.is_cuda() && hd != 64 && hd != 128)
         throw UserError(format("model.heads: %lld heads of %lld; on a GPU heads must have size 64 or 128; change model.heads, or --device cpu", (long long)config.model.heads, (long long)hd));
     register_tensors(training);
+    assign_owners();
     // The order of this list numbers the random streams: it must never depend on the method's details of storage.
     parameters_ = {&embedding_};
     for (Block& b : blocks_) {
@@ -121,6 +123,9 @@ void Llama::initialize(const WeightSource& source) {
     fill(embedding_), fill(final_norm_), fill(head_);
     for (Block& b : blocks_) fill(b.norm1), fill(b.norm2);
     for (LinearGroup* group : groups()) group->initialize(device_, source);
+    if (config_.method.name != "loftq" || !device_.communicator()) return;
+    for (LinearGroup* group : groups()) group->share_initial(device_);
+    device_.communicator()->finish();
 }
 
 std::vector<LinearGroup*> Llama::groups() {
@@ -263,7 +268,7 @@ void Llama::embedding_gradient(Tensor dx, const Batch& batch, const BackwardPass
     DeviceTokenGroups groups{batch_.order.as<int32_t>(), batch_.segment_begin.as<int32_t>(), batch_.group_begin.as<int32_t>(),
                              batch_.group_token.as<int32_t>(), segments, distinct};
     embedding_backward(device_, embedding_.grad, dx, groups, gradient_draws(embedding_, pass.part(config_)));
-    if (pass.update) pass.update(embedding_);
+    if (pass.last) pass.done(embedding_);
 }
 
 void Llama::train(const Batch& batch, float loss_scale, double* sums, int64_t slot, const BackwardPass& pass) {
@@ -274,10 +279,8 @@ void Llama::train(const Batch& batch, float loss_scale, double* sums, int64_t sl
     ScratchScope scope(device_);
     Tensor dx = scope.tensor("gradient of the residual stream", x.dtype, T, config_.model.hidden);
     head(x, dx, loss_scale, sums, slot, &pass);
-    if (pass.update) {
-        if (!pass.may_update()) return;
-        pass.update(head_);
-    }
+    if (pass.update && !pass.may_update()) return;
+    if (pass.last) pass.done(head_);
     for (size_t i = blocks_.size(); i-- > 0;) {
         // What the forward pass of the last block left is still there.
         bool gone = activations_.size() < blocks_.size() && i + 1 < blocks_.size();
@@ -324,8 +327,45 @@ MergeStatistics Llama::merge(int64_t step, const WeightSource* source) {
     MergeStatistics statistics;
     for (LinearGroup* group : groups()) group->start_reinitialization(device_, step, source);
     if (device_.workers()) device_.workers()->finish();
+    if (method_policy(config_).adapters && method_policy(config_).projects) share_remade("a merge");
     for (LinearGroup* group : groups()) group->finish_reinitialization(statistics);
     return statistics;
+}
+
+void Llama::refresh_projections(int64_t step) {
+    const MethodPolicy policy = method_policy(config_);
+    if (!policy.projects || policy.adapters || updates_per_layer(config_)) return;
+    for (LinearGroup* group : groups()) group->refresh_projections(device_, step);
+    share_remade("new projections");
+}
+
+// Several ranks: what each has made anew goes to the others.
+void Llama::share_remade(const char* what) {
+    Communicator* ranks = device_.communicator();
+    if (!ranks) return;
+    std::vector<double> outcomes;
+    for (LinearGroup* group : groups())
+        for (Linear& l : group->linears()) group->add_outcome(device_, l, outcomes);
+    ranks->sum(outcomes, what);
+    const double* outcome = outcomes.data();
+    for (LinearGroup* group : groups())
+        for (Linear& l : group->linears()) {
+            group->take_outcome(device_, l, outcome);
+            outcome += LinearGroup::kOutcomeNumbers;
+        }
+    ranks->finish();
+}
+
+// Every matrix goes to the rank with the least to do so far, in the order in which the backward pass meets them: so all are busy all the time.
+void Llama::assign_owners() {
+    std::vector<double> load(size_t(config_.world_size), 0.0);
+    std::vector<LinearGroup*> order = groups();
+    std::reverse(order.begin(), order.end());
+    for (LinearGroup* group : order)
+        for (Linear& l : group->linears()) {
+            l.owner = int(std::min_element(load.begin(), load.end()) - load.begin());
+            load[size_t(l.owner)] += double(l.h()) * double(l.h()) * double(l.h() + l.n());  // the Gram matrix and its eigenvectors
+        }
 }
 
 int64_t Llama::projected_matrices() {

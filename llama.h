@@ -66,6 +66,8 @@ class Llama {
     void invalidate();
     // Merges every matrix that the backward pass has not merged already. source: the true initial weights, for matrices that merge for the first time; may be null once all have.
     MergeStatistics merge(int64_t step, const WeightSource* source);
+    // galore, ordinary updates: the new projections of a step that makes them anew, before its update.
+    void refresh_projections(int64_t step);
     // Matrices that have P and B (full: none ever has).
     int64_t projected_matrices();
     int64_t matrices();
@@ -81,6 +83,8 @@ class Llama {
     std::vector<LinearGroup*> groups();
 
   private:
+    void assign_owners();
+    void share_remade(const char* what);
     void register_tensors(bool training);
     void upload_rope();
     void upload_batch(const Batch& batch);

@@ -146,8 +146,8 @@ void LinearGroup::weight_gradients(Device& device, Tensor dy, Tensor x, const Ba
                 matmul(device, into, 1.0f, dy.col_slice(l.row_begin + row, into.rows), Op::transpose, x.col_slice(0, in_), Op::none, beta);
             });
     }
-    if (pass.update)
-        for (Linear& l : linears_) pass.update(l.dense);
+    if (pass.last)
+        for (Linear& l : linears_) pass.done(l.dense);
 }
 
 int64_t LinearGroup::left_rank() const {
@@ -208,10 +208,10 @@ void LinearGroup::factor_gradients(Device& device, Tensor dy, Tensor x, const Ba
             Tensor through_b = inner.tensor("dy·B", dy.dtype, dy.rows, l.rank);
             matmul(device, through_b, 1.0f, wide, Op::none, l.b.value, Op::none);
             gradient(l.a, through_b, narrow);
-            if (pass.update) pass.update(l.a);
+            if (pass.last) pass.done(l.a);
         }
         gradient(l.b, wide, projected);
-        if (pass.update) pass.update(l.b);
+        if (pass.last) pass.done(l.b);
     }
 }
 

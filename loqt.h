@@ -67,6 +67,7 @@ struct Linear {
     Parameter dense;                  // W where it is trained
     bool next_ready = false;          // this merge step's projection has been made
     bool merged = false;              // and installed
+    int owner = 0;                    // the rank that makes its projection and merges it
     float captured_energy = 0;
     double quant_error = 0, plain_quant_error = 0;  // of the last merge
     double projection_seconds = 0;    // spent in the backward pass
@@ -87,6 +88,7 @@ struct MergeStatistics {
 // How a backward pass is to treat what is trained.
 struct BackwardPass {
     int64_t step = 0;                 // of the optimizer
+    int rank = 0;                     // of this process among those that share the step (Config::world_size)
     int64_t micro_batch = 0;          // which one of the step
     bool first = true, last = true;   // the step's first, the step's last
     bool merges = false;              // this step merges: projections are made from its last micro-batch on
@@ -94,12 +96,19 @@ struct BackwardPass {
     // Takes the optimizer's step of a parameter whose gradient is final. Empty: gradients stay for the end of the pass. Parameters of linear
     // layers, embedding and head are handed over; norms' gradients always stay. With merges, matrices are merged right after it.
     std::function<void(Parameter&)> update;
+    // Several ranks: gets the same parameters before `update` does; see GradientReduction.
+    std::function<void(Parameter&)> reduce;
     std::function<bool()> may_update;      // asked once the loss is known, with update; if not, the backward pass is left out
     const WeightSource* source = nullptr;  // with update and merges: see Llama::merge
 
+    // The gradient of p is final on this rank.
+    void done(Parameter& p) const {
+        if (reduce) reduce(p);
+        if (update) update(p);
+    }
     // Part `chunk` of `chunks` of this micro-batch's gradient.
     GradientPart part(const Config& config, int64_t chunk = 0, int64_t chunks = 1) const {
-        uint32_t number = uint32_t((step * config.micro_batches() + micro_batch) * chunks + chunk);
+        uint32_t number = uint32_t(((step * config.micro_batches() + micro_batch) * config.world_size + rank) * chunks + chunk);
         return {first && chunk == 0, config.micro_batches() == 1 && chunks == 1, uint64_t(config.train.seed), number};
     }
 };
@@ -135,6 +144,15 @@ class LinearGroup {
     // source: the true weights, for matrices that merge for the first time; may be null once all have.
     void start_reinitialization(Device& device, int64_t step, const WeightSource* source);
     void finish_reinitialization(MergeStatistics& statistics);
+    // galore: makes the new projections of the step whose gradients these are. Several ranks: of this rank's matrices.
+    void refresh_projections(Device& device, int64_t step);
+    // Several ranks (loqt_share.cpp): what a rank has made anew of one of its matrices goes to the others. First how it went: add_outcome appends
+    // kOutcomeNumbers numbers, zeros for the matrices of others; take_outcome gets their sums over the ranks and sends or receives.
+    static constexpr int kOutcomeNumbers = 4;
+    void add_outcome(const Device& device, const Linear& linear, std::vector<double>& outcomes) const;
+    void take_outcome(Device& device, Linear& linear, const double* outcome);
+    // The same for factors just initialized, which always goes well.
+    void share_initial(Device& device);
     // After a checkpoint has been read: what follows from its counters.
     void restored();
     // The trained state changed: cached effective weights are stale.
@@ -168,6 +186,9 @@ class LinearGroup {
     void weight_gradients(Device& device, Tensor dy, Tensor x, const BackwardPass& pass);
     void factor_gradients(Device& device, Tensor dy, Tensor x, const BackwardPass& pass);
     void project_gradients(Device& device, Tensor dy, Tensor x, const BackwardPass& pass);
+    Tensor dense_gradient(Device& device, ScratchScope& scope, const Linear& l, Tensor dy, Tensor x, const BackwardPass& pass);
+    std::vector<Tensor> remade(const Linear& l) const;
+    bool owns(const Device& device, const Linear& l) const;
     void project_one(Device& device, Linear& l, Tensor dy, Tensor x, const BackwardPass& pass);
     NextProjection scratch_projection(ScratchScope& scope, const Linear& l) const;
     void reinitialize_one(Device& device, Linear& l, const NextProjection& next, int64_t step, const WeightSource* source);

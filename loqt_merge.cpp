@@ -5,6 +5,7 @@
 // pass, or, where the optimizer has to wait for the end of that, all of them then, their new P being stored meanwhile.
 #include <optional>
 
+#include "comm/communicator.h"
 #include "compensation.h"
 #include "loqt.h"
 #include "ops/elementwise.h"
@@ -55,8 +56,26 @@ void LinearGroup::project_gradients(Device& device, Tensor dy, Tensor x, const B
     }
 }
 
+// G of one matrix over the data of all ranks, (padded rows, in_padded) in fp32: on the rank that owns the matrix, elsewhere undefined.
+Tensor LinearGroup::dense_gradient(Device& device, ScratchScope& scope, const Linear& l, Tensor dy, Tensor x, const BackwardPass& pass) {
+    const int64_t rows = padded_width(l.out);
+    const bool summed = merge_gradient_ && pass.whole_batch;
+    Tensor g = summed ? merge_gradient_.row_slice(l.row_begin, rows) : scope.tensor("dense gradient", DType::f32, rows, in_padded());
+    if (!summed) matmul(device, g, 1.0f, dy.col_slice(l.row_begin, rows), Op::transpose, x, Op::none);
+    if (Communicator* ranks = device.communicator()) {
+        ranks->reduce(g.flat(), l.owner);
+        ranks->finish();
+    }
+    return Tensor{g.data, g.dtype, l.out, l.in, g.ld};
+}
+
 // The Gram matrix on this device; its eigenvectors, and the merge if it is due now, on a worker's, if there are workers.
 void LinearGroup::project_one(Device& device, Linear& l, Tensor dy, Tensor x, const BackwardPass& pass) {
+    if (!owns(device, l)) {
+        ScratchScope scope(device);
+        dense_gradient(device, scope, l, dy, x, pass);
+        return;
+    }
     Device& helper = device.workers() ? device.workers()->idle() : device;
     auto scratch = std::make_shared<JobScratch>(helper);
     const bool at_once = bool(pass.update);
@@ -67,11 +86,7 @@ void LinearGroup::project_one(Device& device, Linear& l, Tensor dy, Tensor x, co
     ProjectionMethod method = config_->method.projection == "subspace" ? ProjectionMethod::subspace : ProjectionMethod::gram;
     {
         ScratchScope gradient_scope(device);
-        int64_t rows = padded_width(l.out);
-        const bool summed = merge_gradient_ && pass.whole_batch;
-        Tensor g = summed ? merge_gradient_.row_slice(l.row_begin, rows) : gradient_scope.tensor("dense gradient", DType::f32, rows, in_padded());
-        if (!summed) matmul(device, g, 1.0f, dy.col_slice(l.row_begin, rows), Op::transpose, x, Op::none);
-        gradient_gram(device, c, Tensor{g.data, g.dtype, l.out, l.in, g.ld}, l.right, method);
+        gradient_gram(device, c, dense_gradient(device, gradient_scope, l, dy, x, pass), l.right, method);
     }
     auto job = [this, &l, scratch = std::move(scratch), next, c, method, at_once, step = pass.step,
                 source = pass.source](Device& d) mutable {

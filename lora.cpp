@@ -30,7 +30,9 @@ std::vector<int64_t> smallest_elements(const std::vector<float>& second_moment, 
 }  // namespace
 
 void LinearGroup::initialize_factors(Device& device, Linear& l, Tensor w) {
-    if (config_->method.name != "loftq" || !loftq_factors(device, l, w)) random_factors(device, l, 0);
+    const bool factorizes = config_->method.name == "loftq";
+    if (factorizes && !owns(device, l)) return;  // share_initial will bring them
+    if (!factorizes || !loftq_factors(device, l, w)) random_factors(device, l, 0);
 }
 
 // On the side of x uniform numbers within ±1/√in, on the other zeros: W_eff is W. That is nn.Linear's Kaiming initialization with a = √5, as loralib and PEFT have it.

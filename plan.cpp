@@ -5,9 +5,11 @@
 #include <limits>
 #include <optional>
 
+#include "comm/communicator.h"
 #include "flops.h"
 #include "llama.h"
 #include "plan_options.h"
+#include "replica_check.h"
 #include "runtime/workers.h"
 #include "training_step.h"
 
@@ -41,6 +43,8 @@ MemoryPlan plan_memory(const Config& config, DeviceKind kind, int workers) {
     batch.rows = config.train.micro_batch, batch.seq = config.train.seq_len;
     model.evaluate(batch, nullptr, 0);
     StepSums sums(*device, model, config);
+    std::unique_ptr<ReplicaCheck> replicas;
+    if (config.world_size > 1) replicas = std::make_unique<ReplicaCheck>(*device, model);
     const int64_t blocks = device->allocated_bytes() - before;
     StepPlan step;
     step.merges = makes_anew(config);
@@ -60,6 +64,7 @@ MemoryPlan plan_memory(const Config& config, DeviceKind kind, int workers) {
         plan.workers = workers, plan.worker_scratch = dry_workers->scratch_high_water();
         plan.lines.push_back({"merge workers", workers * (device->block_bytes(plan.worker_scratch) + Device::fork_bytes(kind))});
     }
+    if (config.world_size > 1 && Communicator::library_bytes(kind)) plan.lines.push_back({"NCCL (estimate)", Communicator::library_bytes(kind)});
     if (kind == DeviceKind::cuda) plan.lines.push_back({"cuBLAS workspace", Device::kBlasWorkspaceBytes}), plan.lines.push_back({"CUDA context and libraries (estimate)", kContextBytes});
     for (auto& line : plan.lines) plan.total += line.second;
     return plan;

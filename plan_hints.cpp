@@ -13,11 +13,11 @@ constexpr int64_t kMostTokensCuda = 131072, kMostTokensCpu = 2048;
 
 std::vector<int64_t> micro_batch_sizes(const Config& config, DeviceKind kind) {
     if (config.train.micro_batch) return {config.train.micro_batch};
-    if (config.train.updates == "per_layer") return {config.train.batch};
+    if (config.train.updates == "per_layer") return {config.rank_batch()};
     int64_t most_tokens = kind == DeviceKind::cuda ? kMostTokensCuda : kMostTokensCpu;
     std::vector<int64_t> sizes;
-    for (int64_t m = std::min(config.train.batch, std::max<int64_t>(1, most_tokens / config.train.seq_len)); m >= 1; --m)
-        if (config.train.batch % m == 0) sizes.push_back(m);
+    for (int64_t m = std::min(config.rank_batch(), std::max<int64_t>(1, most_tokens / config.train.seq_len)); m >= 1; --m)
+        if (config.rank_batch() % m == 0) sizes.push_back(m);
     return sizes;
 }
 
@@ -93,6 +93,7 @@ std::vector<Change> memory_savers(const Config& config, DeviceKind kind, bool re
     int64_t rank = config.method.rank / 2;
     for (int i = 0; i < 2 && rank >= 16; ++i, rank /= 2) offer(low_rank, {{"method.rank", std::to_string(rank)}});
     for (int64_t batch = per_layer ? config.train.batch / 2 : config.train.batch; batch >= 1; batch /= 2) {
+        if (batch % config.world_size) break;
         Change change{{"train.batch", std::to_string(batch)}};
         if (!per_layer) change.insert(change.begin(), {"train.updates", "per_layer"});
         if (config.train.micro_batch) change.insert(change.begin(), {"train.micro_batch", "auto"});

@@ -19,8 +19,9 @@ double activations_of(const Config& config, const MemoryPlan& plan) { return dou
 std::string describe_plan(const Config& config, const MemoryPlan& plan, DeviceKind kind, int64_t budget) {
     std::string text = format("%s, %.2f M parameters, method %s", config.run.dir.c_str(), double(parameter_count(config)) / 1e6, config.method.name.c_str());
     if (config.method.name != "full") text += format(", rank %lld", (long long)config.method.rank);
-    text += format("\nplanned for %s, sequence %lld, batch %lld = %lld × micro-batch %lld (%lld tokens)\n\n", kind == DeviceKind::cuda ? "a GPU" : "the CPU",
-                   (long long)config.train.seq_len, (long long)config.train.batch, (long long)config.micro_batches(), (long long)config.train.micro_batch,
+    const std::string ranks = config.world_size > 1 ? format("%lld × ", (long long)config.world_size) : "";
+    text += format("\nplanned for %s, sequence %lld, batch %lld = %s%lld × micro-batch %lld (%lld tokens)\n\n", (config.world_size > 1 ? "each of " + std::to_string(config.world_size) + (kind == DeviceKind::cuda ? " GPUs" : " processes") : std::string(kind == DeviceKind::cuda ? "a GPU" : "the CPU")).c_str(),
+                   (long long)config.train.seq_len, (long long)config.train.batch, ranks.c_str(), (long long)config.micro_batches(), (long long)config.train.micro_batch,
                    (long long)tokens_of(config));
     for (auto& [name, bytes] : plan.lines) text += format("  %-40s %10.4f GiB\n", name.c_str(), gib(bytes));
     text += format("  %-40s %10.4f GiB", "total", gib(plan.total));
@@ -44,7 +45,7 @@ std::string plan_to_json(const Config& config, const MemoryPlan& plan, DeviceKin
     json plan_json = {{"run_dir", config.run.dir}, {"device", kind == DeviceKind::cuda ? "cuda" : "cpu"}, {"method", config.method.name},
                       {"rank", config.method.name != "full" ? json(config.method.rank) : json()}, {"parameters", parameter_count(config)},
                       {"model", {{"hidden", m.hidden}, {"intermediate", m.intermediate}, {"heads", m.heads}, {"kv_heads", config.kv_heads()}, {"layers", m.layers}, {"vocab", m.vocab}}},
-                      {"seq_len", config.train.seq_len}, {"batch", config.train.batch}, {"micro_batches", config.micro_batches()}, {"tokens_per_micro_batch", tokens_of(config)},
+                      {"seq_len", config.train.seq_len}, {"batch", config.train.batch}, {"gpus", config.world_size}, {"micro_batches", config.micro_batches()}, {"tokens_per_micro_batch", tokens_of(config)},
                       {"lines", lines}, {"total", plan.total}, {"budget", budget ? json(budget) : json()},
                       {"weights_bytes", weights_of(plan)}, {"moments_bytes", moments_of(plan)}, {"gradients_bytes", plan.bytes("gradients")},
                       {"weights_and_optimizer_bytes", weights_of(plan) + moments_of(plan)}, {"activation_bytes_per_token", activations_of(config, plan)},

@@ -1,23 +1,18 @@
+// The loop and what it reports. See trainer.h; beginnings and checkpoints are in trainer_state.cpp.
 #include "trainer.h"
 
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
-#include <nlohmann/json.hpp>
 
-#include "flops.h"
 #include "merge_schedule.h"
 #include "runtime/checkpoint.h"
-#include "weight_source.h"
 
 namespace fs = std::filesystem;
-using json = nlohmann::ordered_json;
 
 std::atomic<bool> stop_requested{false};
 
 namespace {
-
-std::string checkpoint_folder(const Config& config) { return (fs::path(config.run.dir) / "checkpoints").string(); }
 
 DataOptions data_options(const Config& config, const std::string& paths, const char* split, bool shuffle) {
     DataOptions options;
@@ -32,173 +27,107 @@ DataOptions data_options(const Config& config, const std::string& paths, const c
     return options;
 }
 
-std::vector<CheckpointTensor> saved_tensors_of(Llama& model) {
-    std::vector<CheckpointTensor> list;
-    for (const TensorEntry& e : model.table().entries())
-        if (e.saved) list.push_back({e.name, Tensor{e.holder->data, e.holder->dtype, e.rows, e.cols, e.holder->ld}, {e.rows, e.cols}});
-    return list;
-}
-
-// Whether a matrix's first merge starts from its true weights.
-bool merges_from_source(const Config& config) {
-    const MethodPolicy policy = method_policy(config);
-    return policy.adapters && policy.projects;
-}
-
-// Counters of the parameters that tensors do not hold.
-std::string parameter_counters(Llama& model) {
-    json counters = json::object();
-    for (Parameter* p : model.parameters()) counters[p->name] = {p->updates, p->active};
-    return counters.dump();
-}
-
-void restore_counters(Llama& model, const std::string& text) {
-    json counters = json::parse(text);
-    for (Parameter* p : model.parameters()) {
-        p->updates = counters.at(p->name).at(0).get<int64_t>();
-        p->active = counters.at(p->name).at(1).get<bool>();
-    }
-    for (LinearGroup* group : model.groups())
-        group->restored();
-}
-
-// The newest checkpoint that verifies; says on stderr which were passed over.
-CheckpointFile newest_checkpoint(const Config& config) {
-    std::vector<std::string> skipped;
-    auto found = find_newest_valid(checkpoint_folder(config), &skipped);
-    for (const std::string& reason : skipped) std::fprintf(stderr, "skipped checkpoint %s\n", reason.c_str());
-    if (!found) throw UserError("no valid checkpoint in " + checkpoint_folder(config) + "; start again in another --run.dir");
-    return *found;
-}
-
 }  // namespace
 
 Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, bool resume, const std::vector<std::string>& changes)
-    : config_(config), device_(device), planned_bytes_(plan.total), peak_(peak_flops(device)), started_(wall_seconds()) {
+    : config_(config), device_(device), ranks_(device.communicator()), planned_bytes_(plan.total), peak_(peak_flops(device)), started_(wall_seconds()) {
     train_data_ = std::make_unique<TokenDataset>(data_options(config_, config_.data.train, "train", config_.data.shuffle));
     if (!config_.data.val.empty()) val_data_ = std::make_unique<TokenDataset>(data_options(config_, config_.data.val, "val", false));
 
     // Making the weights of a large model on a CPU takes minutes: whoever expected a GPU should not wait for that.
-    if (std::string why; config_.run.device == "auto" && !Device::cuda_usable(&why)) std::fprintf(stderr, "training on the CPU, without a usable GPU: %s\n", why.c_str());
+    if (std::string why; root() && config_.run.device == "auto" && !Device::cuda_usable(&why)) std::fprintf(stderr, "training on the CPU, without a usable GPU: %s\n", why.c_str());
     model_ = std::make_unique<Llama>(config_, device_, true);
     model_->allocate();
     device_.reserve_scratch(plan.scratch);
     if (plan.workers) workers_ = std::make_unique<Workers>(device_, plan.workers, plan.worker_scratch);
     sums_ = std::make_unique<StepSums>(device_, *model_, config_);
+    if (ranks_) replicas_ = std::make_unique<ReplicaCheck>(device_, *model_);
     merges_ = merge_steps(config_);
 
     if (resume) restore();
     else start_fresh();
+    if (replicas_) replicas_->verify(step_);
+    const uint64_t first = uint64_t(step_) * uint64_t(config_.train.batch), rows = uint64_t(config_.train.micro_batch), rank = ranks_ ? uint64_t(ranks_->rank()) : 0;
+    stream_ = std::make_unique<BatchStream>(*train_data_, first + rank * rows, config_.train.micro_batch, rows * uint64_t(config_.world_size));
+    if (root()) announce(resume, plan, changes);
+}
+
+// What is being done, on the terminal and in metrics.jsonl.
+void Trainer::announce(bool resume, const MemoryPlan& plan, const std::vector<std::string>& changes) {
     // What the user changed now holds for later resumes too.
     if (!changes.empty()) write_file((fs::path(config_.run.dir) / "config.json").string(), config_to_json(config_));
     metrics_ = std::make_unique<MetricsFile>((fs::path(config_.run.dir) / "metrics.jsonl").string());
     progress_ = std::make_unique<ProgressLine>();
     std::string changed;
     for (const std::string& change : changes) changed += (changed.empty() ? "" : ", ") + change;
-    metrics_->write(resume ? "resume" : "start",
-                    {{"step", step_}, {"device", device_.name()}, {"method", config_.method.name}, {"parameters", parameter_count(config_)},
+    record(resume ? "resume" : "start",
+                    {{"step", step_}, {"device", device_.name()}, {"gpus", config_.world_size}, {"method", config_.method.name}, {"parameters", parameter_count(config_)},
                      {"micro_batch", config_.train.micro_batch}, {"effective_weights", config_.train.effective_weights}, {"recompute", config_.train.recompute}, {"merge_workers", int64_t(plan.workers)},
                      {"peak_tflops", peak_.flops > 0 ? peak_.flops * 1e-12 : NAN}, {"peak_source", peak_.source},
                      {"train_tokens", int64_t(train_data_->tokens())}, {"planned_bytes", planned_bytes_}, {"changed", changed}});
-    progress_->note(format("%s: %s, %s parameters, %s on %s", config_.run.dir.c_str(), resume ? format("resumed at step %lld", (long long)step_).c_str() : "new run",
-                           human_count(double(parameter_count(config_))).c_str(), config_.method.name.c_str(), device_.name().c_str()));
-    progress_->note(format("data: %s training tokens (%.2f epochs in this run), %s validation tokens; each step %lld × %lld sequences of %lld tokens",
+    note(format("%s: %s, %s parameters, %s on %s", config_.run.dir.c_str(), resume ? format("resumed at step %lld", (long long)step_).c_str() : "new run",
+                           human_count(double(parameter_count(config_))).c_str(), config_.method.name.c_str(),
+                           (ranks_ ? format("%lld × ", (long long)config_.world_size) + device_.name() : device_.name()).c_str()));
+    note(format("data: %s training tokens (%.2f epochs in this run), %s validation tokens; each step %s%lld × %lld sequences of %lld tokens",
                            human_count(double(train_data_->tokens())).c_str(),
                            double(config_.train.steps * config_.train.batch) / double(train_data_->samples()),
-                           human_count(val_data_ ? double(val_data_->tokens()) : 0.0).c_str(), (long long)config_.micro_batches(),
+                           human_count(val_data_ ? double(val_data_->tokens()) : 0.0).c_str(), ranks_ ? format("%lld GPUs × ", (long long)config_.world_size).c_str() : "", (long long)config_.micro_batches(),
                            (long long)config_.train.micro_batch, (long long)config_.train.seq_len));
     if (peak_.flops > 0)
-        progress_->note(format("MFU: FLOPs that %s needs, of a peak of %.0f TFLOP/s (%s); 6N: TFLOP/s of a full-rank run with as many tokens a second",
+        note(format("MFU: FLOPs that %s needs, of a peak of %.0f TFLOP/s (%s); 6N: TFLOP/s of a full-rank run with as many tokens a second",
                                config_.method.name.c_str(), peak_.flops * 1e-12, peak_.source));
-    stream_ = std::make_unique<BatchStream>(*train_data_, uint64_t(step_) * uint64_t(config_.train.batch), config_.train.micro_batch);
 }
 
-void Trainer::open_initial_weights() {
-    source_ = config_.run.init_from.empty() ? random_weights(config_) : huggingface_weights(config_, config_.run.init_from);
+void Trainer::record(const char* event, const std::vector<Field>& fields) {
+    if (metrics_) metrics_->write(event, fields);
 }
 
-void Trainer::initialize() {
-    model_->initialize(source_);
-    if (!merges_from_source(config_)) source_ = nullptr;
+void Trainer::note(const std::string& text) {
+    if (progress_) progress_->note(text);
 }
 
-void Trainer::start_fresh() {
-    open_initial_weights();
-    fs::path dir = config_.run.dir;
-    make_directories((dir / "checkpoints").string());
-    lock_ = std::make_unique<DirectoryLock>(config_.run.dir);
-    write_file((dir / "config.json").string(), config_to_json(config_));
-    initialize();
+int64_t Trainer::most_of_all(int64_t value) const {
+    if (!ranks_) return value;
+    for (const std::string& other : ranks_->control().gather(std::to_string(value))) value = std::max<int64_t>(value, std::stoll(other));
+    return value;
 }
 
-void Trainer::restore() {
-    lock_ = std::make_unique<DirectoryLock>(config_.run.dir);
-    if (list_checkpoints(checkpoint_folder(config_)).empty()) {
-        // Killed before its first checkpoint: the same seed makes the same run again.
-        open_initial_weights();
-        initialize();
-        return;
-    }
-    CheckpointFile file = newest_checkpoint(config_);
-    Metadata metadata = load_checkpoint(device_, file.path, saved_tensors_of(*model_));
-    restore_counters(*model_, metadata.at("parameters"));
-    step_ = std::stoll(metadata.at("step"));
-    if (merges_from_source(config_) && model_->projected_matrices() < model_->matrices()) open_initial_weights();
-    skipped_ = std::stoll(metadata.at("skipped"));
-    // Allowed, but no longer the run that was interrupted: positions in the order of samples now mean other samples.
-    if (metadata.at("samples") != std::to_string(train_data_->samples()))
-        std::fprintf(stderr, "data.train has other data than the checkpoint saw: %llu samples, then %s\n", (unsigned long long)train_data_->samples(),
-                     metadata.at("samples").c_str());
-    saved_step_ = step_;
-    trusted_checkpoints_.insert(file.path);
-    model_->invalidate();
-}
-
-void Trainer::save() {
-    if (saved_step_ == step_) return;
-    double begin = wall_seconds();
-    std::string path = checkpoint_path(checkpoint_folder(config_), step_);
-    Metadata metadata{{"step", std::to_string(step_)},
-                      {"next_sample", std::to_string(step_ * config_.train.batch)},
-                      {"samples", std::to_string(train_data_->samples())},
-                      {"skipped", std::to_string(skipped_)},
-                      {"seed", std::to_string(config_.train.seed)},
-                      {"parameters", parameter_counters(*model_)},
-                      {"config", config_to_json(config_)}};
-    save_checkpoint(device_, path, saved_tensors_of(*model_), metadata);
-    trusted_checkpoints_.insert(path);
-    saved_step_ = step_;
-    prune_checkpoints(checkpoint_folder(config_), config_.checkpoint.keep_last, config_.checkpoint.keep_every, &trusted_checkpoints_);
-    metrics_->write("checkpoint", {{"step", step_}, {"path", path}, {"seconds", wall_seconds() - begin}});
-}
-
+// Several ranks share the micro-batches out. Their sums are added up in the order of the data whoever computed them, so the result does not depend
+// on the number of ranks.
 void Trainer::evaluate() {
     if (!val_data_ || evaluated_step_ == step_) return;
     double begin = wall_seconds();
     uint64_t samples = val_data_->samples();
     if (config_.eval.sequences > 0) samples = std::min(samples, uint64_t(config_.eval.sequences));
-    BatchStream stream(*val_data_, 0, config_.train.micro_batch, 0, samples);
-    double loss = 0, batch_means = 0;
-    int64_t tokens = 0, batches = 0;
-    for (Batch batch = stream.next(); batch.rows > 0; batch = stream.next()) {
+    const uint64_t rows = uint64_t(config_.train.micro_batch), world = uint64_t(config_.world_size), rank = ranks_ ? uint64_t(ranks_->rank()) : 0;
+    const size_t batches = size_t((samples + rows - 1) / rows);
+    std::vector<double> losses(2 * batches);  // sum of the losses of every micro-batch, then their counted targets
+    BatchStream stream(*val_data_, rank * rows, config_.train.micro_batch, rows * world, samples);
+    for (size_t k = size_t(rank); k < batches; k += size_t(world)) {
+        Batch batch = stream.next();
         model_->evaluate(batch, sums_->losses(), 0);
-        double sum = sums_->read_losses(1);
-        loss += sum, tokens += batch.valid_targets, ++batches;
-        batch_means += sum / double(std::max<int64_t>(batch.valid_targets, 1));
+        losses[k] = sums_->read_losses(1);
+        losses[batches + k] = double(batch.valid_targets);
     }
-    loss /= double(std::max<int64_t>(tokens, 1));
+    if (ranks_) ranks_->sum(losses, "an evaluation");
+    double loss = 0, batch_means = 0, tokens = 0;
+    for (size_t k = 0; k < batches; ++k) {
+        loss += losses[k], tokens += losses[batches + k];
+        batch_means += losses[k] / std::max(losses[batches + k], 1.0);
+    }
+    loss /= std::max(tokens, 1.0);
     evaluated_step_ = step_;
-    std::vector<Field> fields{{"step", step_}, {"loss", loss}, {"perplexity", std::exp(loss)}, {"tokens", tokens}};
-    std::string note = format("step %lld: validation loss %.4f, perplexity %.3f over %s tokens", (long long)step_, loss, std::exp(loss), human_count(double(tokens)).c_str());
+    std::vector<Field> fields{{"step", step_}, {"loss", loss}, {"perplexity", std::exp(loss)}, {"tokens", int64_t(tokens)}};
+    std::string text = format("step %lld: validation loss %.4f, perplexity %.3f over %s tokens", (long long)step_, loss, std::exp(loss), human_count(tokens).c_str());
     if (config_.eval.official_perplexity) {
         // The official code divides the sum of batch means by n + 1: too low by n/(n+1) in loss.
         double official = std::exp(batch_means / double(batches + 1));
         fields.push_back({"perplexity_official_biased", official});
-        note += format(" (official code's biased figure over %lld batches: %.3f)", (long long)batches, official);
+        text += format(" (official code's biased figure over %zu batches: %.3f)", batches, official);
     }
     fields.push_back({"seconds", wall_seconds() - begin});
-    metrics_->write("eval", fields);
-    progress_->note(note);
+    record("eval", fields);
+    note(text);
 }
 
 // Ends the merges of the step under way. waited: seconds for those begun in the backward pass that were not done when it was.
@@ -209,17 +138,28 @@ void Trainer::merge(double waited) {
     if (model_->projected_matrices() == model_->matrices()) source_ = nullptr;
     device_.synchronize();
     double done = std::max(1, s.matrices - s.failed);
-    metrics_->write("merge", {{"step", step_}, {"seconds", wall_seconds() - begin + s.projection_seconds}, {"projection_seconds", s.projection_seconds},
+    record("merge", {{"step", step_}, {"seconds", wall_seconds() - begin + s.projection_seconds}, {"projection_seconds", s.projection_seconds},
                               {"quant_error", s.quant_error / done},
                               {"quant_error_uncompensated", s.plain_quant_error / done}, {"captured_energy", s.captured_energy / done},
                               {"matrices", int64_t(s.matrices)}, {"failed", int64_t(s.failed)}});
-    if (s.failed) progress_->note(format("step %lld: %d of %d matrices kept their projection (gradient zero or not finite)", (long long)step_, s.failed, s.matrices));
+    if (s.failed) note(format("step %lld: %d of %d matrices kept their projection (gradient zero or not finite)", (long long)step_, s.failed, s.matrices));
 }
 
-void Trainer::train_step() {
+bool Trainer::train_step() {
     double begin = wall_seconds();
     std::vector<Batch> batches;
     for (int64_t i = 0; i < config_.micro_batches(); ++i) batches.push_back(stream_->next());
+    double targets = 0;
+    if (ranks_) {
+        // A signal may have reached one rank only, or some before a step and others after it: all have to stop at the same one.
+        std::vector<double> totals{0, stop_requested ? 1.0 : 0.0};
+        for (const Batch& batch : batches) totals[0] += double(batch.valid_targets);
+        ranks_->sum(totals, "the start of a step");
+        if (totals[1] > 0) return false;
+        targets = totals[0];
+    } else if (stop_requested) {
+        return false;
+    }
     // Should step 0 be skipped as not finite, the first merge is made up for at the next step.
     bool never_merged = method_policy(config_).projects && model_->projected_matrices() == 0;
     StepPlan plan;
@@ -227,6 +167,7 @@ void Trainer::train_step() {
     plan.merges = never_merged || std::binary_search(merges_.begin(), merges_.end(), step_);
     // A matrix's first merge starts from its true weights, not from their NF4 round trip.
     plan.source = source_ ? &source_ : nullptr;
+    plan.targets = targets;
     StepGradients gradients = accumulate_gradients(device_, *model_, config_, *sums_, batches, plan);
 
     bool finite = std::isfinite(gradients.loss) && std::isfinite(gradients.norm);
@@ -237,11 +178,13 @@ void Trainer::train_step() {
     ++step_;
     ++steps_here_;
     report_step(gradients.loss, gradients.norm, plan.lr, wall_seconds() - begin);
+    if (replicas_ && due(config_.run.verify_every)) replicas_->verify(step_);
+    return true;
 }
 
 // A step whose loss or gradient is not finite is left out, or ends the run.
 void Trainer::handle_nonfinite(const StepGradients& gradients) {
-    metrics_->write("nonfinite", {{"step", step_}, {"loss", gradients.loss}, {"grad_norm", gradients.norm}, {"policy", config_.optimizer.nonfinite}});
+    record("nonfinite", {{"step", step_}, {"loss", gradients.loss}, {"grad_norm", gradients.norm}, {"policy", config_.optimizer.nonfinite}});
     ++skipped_;
     if (config_.optimizer.nonfinite != "stop") return;
     std::string text = format("step %lld: loss %g, gradient norm %g: not finite; ", (long long)step_, gradients.loss, gradients.norm);
@@ -252,6 +195,7 @@ void Trainer::handle_nonfinite(const StepGradients& gradients) {
         --skipped_;
         save();
         text += "weights of the step before are saved";
+        if (ranks_) ranks_->control().broadcast("");  // rank 0 has written them: all may end
     }
     throw UserError(text + "; lower optimizer.lr, " + (updates_per_layer(config_) ? "" : "set optimizer.clip, ") + "or use --nonfinite skip");
 }
@@ -267,7 +211,7 @@ void Trainer::report_step(double loss, double gradient_norm, double lr, double s
     int64_t memory = device_.process_peak_bytes();
     bool last = step_ == config_.train.steps;
     if (due(config_.run.log_every) || last)
-        metrics_->write("train", {{"step", step_}, {"loss", loss}, {"lr", lr}, {"grad_norm", gradient_norm}, {"tokens", step_ * int64_t(tokens)},
+        record("train", {{"step", step_}, {"loss", loss}, {"lr", lr}, {"grad_norm", gradient_norm}, {"tokens", step_ * int64_t(tokens)},
                                   {"tokens_per_s", rate}, {"mfu", mfu(rate)}, {"full_rank_equivalent_tflops", full_rank_tflops(rate)},
                                   {"step_ms", seconds * 1e3}, {"memory_bytes", memory}, {"skipped", skipped_}});
     double remaining = double(config_.train.steps - step_) * training_seconds_ / double(steps_here_);
@@ -275,50 +219,29 @@ void Trainer::report_step(double loss, double gradient_norm, double lr, double s
     if (peak_.flops > 0) line += "  " + utilization(rate_);
     line += format("  ETA %s  %.2f GiB", human_duration(remaining).c_str(), double(memory) / double(int64_t(1) << 30));
     if (skipped_) line += format("  %lld skipped", (long long)skipped_);
-    progress_->show(line, last || steps_here_ == 1);
+    if (progress_) progress_->show(line, last || steps_here_ == 1);
 }
 
 void Trainer::run() {
     if (step_ == 0) evaluate();
-    while (step_ < config_.train.steps && !stop_requested) {
-        train_step();
+    while (step_ < config_.train.steps && train_step()) {
         if (due(config_.eval.every)) evaluate();
         if (due(config_.checkpoint.every)) save();
     }
     bool finished = step_ >= config_.train.steps;
     if (finished) evaluate();
     save();
-    metrics_->write("end", {{"step", step_}, {"finished", finished}, {"seconds", wall_seconds() - started_}, {"training_seconds", training_seconds_},
-                            {"planned_bytes", planned_bytes_}, {"peak_bytes", device_.process_peak_bytes()}, {"skipped", skipped_}});
+    record("end", {{"step", step_}, {"finished", finished}, {"seconds", wall_seconds() - started_}, {"training_seconds", training_seconds_},
+                            {"planned_bytes", planned_bytes_}, {"peak_bytes", most_of_all(device_.process_peak_bytes())}, {"skipped", skipped_}});
     if (steps_here_ > 0) {
         double rate = double(steps_here_ * config_.train.batch * config_.train.seq_len) / training_seconds_;
-        progress_->note(format("mean speed, merges included: %s tok/s%s", human_count(rate).c_str(), peak_.flops > 0 ? (", " + utilization(rate)).c_str() : ""));
+        note(format("mean speed, merges included: %s tok/s%s", human_count(rate).c_str(), peak_.flops > 0 ? (", " + utilization(rate)).c_str() : ""));
     }
     if (!finished) {
-        progress_->note(format("stopped after step %lld; state saved, --resume continues exactly here", (long long)step_));
+        note(format("stopped after step %lld; state saved, --resume continues exactly here", (long long)step_));
         return;
     }
-    std::string path = checkpoint_path(checkpoint_folder(config_), step_), took = human_duration(wall_seconds() - started_);
-    if (steps_here_) progress_->note(format("done: %lld steps in %s, final checkpoint %s", (long long)step_, took.c_str(), path.c_str()));
-    else progress_->note(format("already finished: %lld steps, final checkpoint %s", (long long)step_, path.c_str()));
-}
-
-std::unique_ptr<Llama> load_trained_model(Config& config, Device& device) {
-    config.train.micro_batch = 1;
-    device.time_products(false);  // every token of a sample makes a new shape
-    CheckpointFile file = newest_checkpoint(config);
-    auto model = std::make_unique<Llama>(config, device, false);
-    model->allocate();
-    Metadata metadata = load_checkpoint(device, file.path, saved_tensors_of(*model), LoadMode::weights);
-    restore_counters(*model, metadata.at("parameters"));
-    // A dry forward pass and a dry export tell the scratch they need.
-    auto dry_device = Device::open_dry(device.kind());
-    Llama dry(config, *dry_device, false);
-    dry.allocate();
-    dry.next_token_logits(std::vector<int32_t>(config.train.seq_len));
-    std::vector<float> unused;
-    for (auto& tensor : dry.exported_tensors()) tensor.read(unused);
-    device.reserve_scratch(dry_device->scratch_high_water());
-    std::fprintf(stderr, "checkpoint %s\n", file.path.c_str());
-    return model;
+    std::string path = checkpoint_path(checkpoint_folder(config_.run.dir), step_), took = human_duration(wall_seconds() - started_);
+    if (steps_here_) note(format("done: %lld steps in %s, final checkpoint %s", (long long)step_, took.c_str(), path.c_str()));
+    else note(format("already finished: %lld steps, final checkpoint %s", (long long)step_, path.c_str()));
 }

@@ -5,8 +5,10 @@
 #include <memory>
 #include <set>
 
+#include "comm/communicator.h"
 #include "flops.h"
 #include "plan.h"
+#include "replica_check.h"
 #include "runtime/data.h"
 #include "runtime/files.h"
 #include "runtime/metrics.h"
@@ -16,6 +18,7 @@
 // Set by SIGINT and SIGTERM: the loop finishes its step, saves and returns.
 extern std::atomic<bool> stop_requested;
 
+// Several ranks (device.communicator()): rank 0 alone reads and writes the run directory and reports; data are read by all.
 class Trainer {
   public:
     // Builds the model within `plan`, opens the data, and starts from scratch or (resume) from the newest valid checkpoint of the run directory.
@@ -26,22 +29,30 @@ class Trainer {
   private:
     void open_initial_weights();  // random numbers or another model
     void initialize();            // from these, which stay open only as long as a first merge may start from them
+    void announce(bool resume, const MemoryPlan& plan, const std::vector<std::string>& changes);
     void start_fresh();
     void restore();
-    void train_step();
+    // False, and no step taken, if any rank was asked to stop.
+    bool train_step();
     void handle_nonfinite(const StepGradients& gradients);
     void merge(double waited);
     void evaluate();
     void save();
     void report_step(double loss, double gradient_norm, double lr, double seconds);
+    void record(const char* event, const std::vector<Field>& fields);  // in metrics.jsonl
+    void note(const std::string& text);                                // on the terminal
+    bool root() const { return !ranks_ || ranks_->rank() == 0; }
+    Control* control() const { return ranks_ ? &ranks_->control() : nullptr; }
+    int64_t most_of_all(int64_t value) const;  // the largest of the ranks'
     // Speed figures at a rate in tokens per second (docs/formats.md): MFU, NaN without a known peak; 6·N·rate in TFLOP/s; both as text.
-    double mfu(double rate) const { return peak_.flops > 0 ? training_flops_per_token(config_) * rate / peak_.flops : NAN; }
+    double mfu(double rate) const { return peak_.flops > 0 ? training_flops_per_token(config_) * rate / (peak_.flops * double(config_.world_size)) : NAN; }
     double full_rank_tflops(double rate) const { return full_rank_flops_per_token(config_) * rate * 1e-12; }
     std::string utilization(double rate) const;
     bool due(int64_t every) const { return every > 0 && step_ % every == 0; }
 
     Config config_;
     Device& device_;
+    Communicator* ranks_;  // null: this process is alone
     int64_t planned_bytes_;
     PeakFlops peak_;
     std::unique_ptr<DirectoryLock> lock_;  // two processes in one run directory would spoil each other's checkpoints
@@ -51,8 +62,9 @@ class Trainer {
     std::unique_ptr<Workers> workers_;  // after the model and the source, which their jobs use
     std::unique_ptr<StepSums> sums_;
     std::unique_ptr<BatchStream> stream_;
-    std::unique_ptr<MetricsFile> metrics_;
-    std::unique_ptr<ProgressLine> progress_;
+    std::unique_ptr<ReplicaCheck> replicas_;   // several ranks
+    std::unique_ptr<MetricsFile> metrics_;     // rank 0
+    std::unique_ptr<ProgressLine> progress_;   // rank 0
     std::vector<int64_t> merges_;
     int64_t step_ = 0;             // steps done
     int64_t skipped_ = 0;          // non-finite steps left out

@@ -9,6 +9,7 @@ struct StepPlan {
     double lr = 0;                         // used where updates are taken inside the backward pass
     bool merges = false;                   // every matrix is merged and made anew
     const WeightSource* source = nullptr;  // see Llama::merge
+    double targets = 0;                    // counted in the batches of all ranks; 0: in those of this one, which is alone
 };
 
 struct StepGradients {
@@ -23,6 +24,8 @@ struct StepGradients {
 // matrices merged, inside the last backward pass; that is left out if the loss is not finite; elements whose
 // gradient is not finite stay as they are.
 // config.train.micro_batch must be resolved. Synchronizes.
+// Several ranks (device.communicator()): each with its own batches; loss, gradients and norm are those of all, the same bits everywhere. Every rank
+// makes the projections of the matrices it owns; Llama::merge, or apply_gradients for galore, brings them together.
 StepGradients accumulate_gradients(Device& device, Llama& model, const Config& config, StepSums& sums, const std::vector<Batch>& batches, const StepPlan& plan);
 
 // AdamW, for all that has not been updated, with the gradients just accumulated, scaled down to optimizer.clip where their norm is larger.

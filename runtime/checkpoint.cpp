@@ -161,6 +161,8 @@ Metadata checkpoint_metadata(const std::string& path) {
     return file.metadata();
 }
 
+std::string checkpoint_folder(const std::string& run_directory) { return (fs::path(run_directory) / "checkpoints").string(); }
+
 std::string checkpoint_path(const std::string& directory, int64_t step) { return format("%s/step-%08lld.safetensors", directory.c_str(), (long long)step); }
 
 std::vector<CheckpointFile> list_checkpoints(const std::string& directory) {

@@ -40,6 +40,8 @@ struct CheckpointFile {
     int64_t step;
 };
 
+// Where a run directory has its checkpoints.
+std::string checkpoint_folder(const std::string& run_directory);
 // <directory>/step-00001000.safetensors
 std::string checkpoint_path(const std::string& directory, int64_t step);
 

@@ -163,9 +163,13 @@ std::string find_config_file(const std::string& name, const std::string& binary_
 void read_config_file(Config& config, const std::string& path) {
     std::ifstream file(path);
     require(bool(file), "cannot open config " + path);
+    read_config_text(config, std::string(std::istreambuf_iterator<char>(file), {}), path);
+}
+
+void read_config_text(Config& config, const std::string& text, const std::string& path) {
     json root;
     try {
-        root = json::parse(file, nullptr, true, /*ignore_comments=*/true);
+        root = json::parse(text, nullptr, true, /*ignore_comments=*/true);
     } catch (const json::parse_error& error) {
         throw UserError(path + ": not valid JSON at byte " + std::to_string(error.byte));
     } catch (const json::exception&) {
@@ -282,19 +286,26 @@ void validate_config(Config& c) {
     positive("train.steps", c.train.steps), positive("train.seq_len", c.train.seq_len), positive("train.batch", c.train.batch);
     at_most("train.seq_len", c.train.seq_len, 1 << 24), at_most("train.batch", c.train.batch, 1 << 24);
     require(c.train.micro_batch >= 0, "train.micro_batch: must be positive, or auto");
-    require(c.train.micro_batch == 0 || c.train.batch % c.train.micro_batch == 0,
-            format("train.micro_batch: %lld does not divide train.batch %lld", (long long)c.train.micro_batch, (long long)c.train.batch));
+    require(c.run.gpus >= 0, "run.gpus: must be positive, or 0 for all");
+    require(c.train.batch % c.world_size == 0,
+            format("train.batch: %lld sequences cannot be shared evenly by %lld GPUs; change one of them", (long long)c.train.batch, (long long)c.world_size));
+    require(c.train.micro_batch == 0 || c.rank_batch() % c.train.micro_batch == 0,
+            c.world_size == 1 ? format("train.micro_batch: %lld does not divide train.batch %lld", (long long)c.train.micro_batch, (long long)c.train.batch)
+                              : format("train.micro_batch: %lld does not divide the %lld sequences that each of %lld GPUs has in a step (train.batch %lld)", (long long)c.train.micro_batch,
+                                       (long long)c.rank_batch(), (long long)c.world_size, (long long)c.train.batch));
     if (c.train.updates == "per_layer") {
         // Each gradient is used up as soon as it is there: none is left to sum over micro-batches or to take a global norm of.
-        require(c.train.micro_batch == 0 || c.train.micro_batch == c.train.batch,
+        require(c.train.micro_batch == 0 || c.train.micro_batch == c.rank_batch(),
                 format("train.updates: per_layer needs the whole batch in one micro-batch, but train.micro_batch is %lld of %lld sequences; set it to auto and train.batch as low as memory asks for, or use ordinary updates",
-                       (long long)c.train.micro_batch, (long long)c.train.batch));
+                       (long long)c.train.micro_batch, (long long)c.rank_batch()));
         require(c.optimizer.clip == 0, "train.updates: per_layer knows no global gradient norm to clip by; set optimizer.clip to 0, or use ordinary updates");
     }
     require(c.eval.every >= 0 && c.eval.sequences >= 0, "eval.every and eval.sequences: must not be negative");
     require(c.checkpoint.every >= 0 && c.checkpoint.keep_every >= 0, "checkpoint.every and checkpoint.keep_every: must not be negative");
     require(c.checkpoint.keep_last >= 1, "checkpoint.keep_last: must be at least 1, else a run could not be resumed");
     positive("run.log_every", c.run.log_every);
+    require(c.run.comm_timeout > 0, "run.comm_timeout: must be positive");
+    require(c.run.verify_every >= 0, "run.verify_every: must not be negative");
     const std::string& device = c.run.device;
     require(device == "auto" || device == "cpu" || device == "cuda" || device.rfind("cuda:", 0) == 0, "run.device: got \"" + device + "\", expected auto, cpu, cuda or cuda:N");
     if (!c.run.memory_budget.empty()) parse_bytes(c.run.memory_budget);

@@ -68,6 +68,9 @@ struct CheckpointConfig {
 struct RunConfig {
     std::string dir;                     // default runs/<name of the config file>
     std::string device = "auto";         // auto | cpu | cuda | cuda:N
+    int64_t gpus = 1;                    // processes on this machine, a GPU each; 0 = as many as there are GPUs
+    double comm_timeout = 120;           // seconds that one rank waits for another
+    int64_t verify_every = 100;          // steps between comparisons of the ranks' states; 0 = before checkpoints only
     std::string memory_budget;           // "24GiB"; empty = what is free
     int64_t log_every = 1;
     std::string init_from;               // a Hugging Face LLaMA directory
@@ -82,9 +85,12 @@ struct Config {
     EvalConfig eval;
     CheckpointConfig checkpoint;
     RunConfig run;
+    // Ranks that share the batch. Not a key: whoever starts the processes decides it, and a run may be resumed with another number.
+    int64_t world_size = 1;
 
     int64_t kv_heads() const { return model.kv_heads ? model.kv_heads : model.heads; }
-    int64_t micro_batches() const { return train.batch / train.micro_batch; }  // once micro_batch is resolved
+    int64_t rank_batch() const { return train.batch / world_size; }               // sequences of a step on every rank
+    int64_t micro_batches() const { return rank_batch() / train.micro_batch; }  // of a step on every rank, once micro_batch is resolved
     bool low_rank() const { return method.name != "full" && method.name != "galore"; }  // adapters beside a frozen W
 };
 
@@ -149,6 +155,9 @@ template <class C, class Visitor> void visit_config(C& c, Visitor&& v) {
     v("checkpoint.keep_every", c.checkpoint.keep_every, "checkpoints at multiples of this step are kept for good; 0 = none", "");
     v("run.dir", c.run.dir, "run directory", "");
     v("run.device", c.run.device, "auto, cpu, cuda or cuda:N", "");
+    v("run.gpus", c.run.gpus, "train on so many GPUs of this machine, one process each; 0 = all of them", "");
+    v("run.comm_timeout", c.run.comm_timeout, "several GPUs: seconds to wait for a rank before the run is ended", "");
+    v("run.verify_every", c.run.verify_every, "several GPUs: steps between comparisons of their states; 0 = before checkpoints only", "");
     v("run.memory_budget", c.run.memory_budget, "device memory to use at most, such as 24GiB; empty = what is free", "");
     v("run.log_every", c.run.log_every, "steps between lines of metrics.jsonl", "");
     v("run.init_from", c.run.init_from, "start from this Hugging Face LLaMA directory", "");
@@ -168,6 +177,8 @@ std::string find_config_file(const std::string& name, const std::string& binary_
 // Reads a JSON config over the defaults. Unknown keys, wrong types and values outside the choices are UserErrors that name the key,
 // the value and the nearest known key.
 void read_config_file(Config& config, const std::string& path);
+// The same from a file's contents; path: for messages.
+void read_config_text(Config& config, const std::string& text, const std::string& path);
 
 // The key's short option name: its last part ("optimizer.lr" → "lr"), "method" for method.name.
 std::string short_name(const std::string& key);

@@ -79,6 +79,14 @@ bool Device::cuda_usable(std::string* why_not) {
 #endif
 }
 
+int Device::cuda_count() {
+    int count = 0;
+#ifdef WITH_CUDA
+    if (cuda_usable()) cudaGetDeviceCount(&count);
+#endif
+    return count;
+}
+
 std::unique_ptr<Device> Device::open(const std::string& which) {
     std::string why_not;
     bool wants_cuda = which == "cuda" || which.rfind("cuda:", 0) == 0;

@@ -38,6 +38,7 @@ struct Tensor {
 
     int64_t numel() const { return rows * cols; }
     int64_t bytes() const { return rows * ld * size_of(dtype); }  // footprint in memory, padding included
+    Tensor flat() const { return Tensor{data, dtype, 1, rows * ld, rows * ld}; }  // the footprint as one row
     bool contiguous() const { return ld == cols || rows == 1; }
     explicit operator bool() const { return data != nullptr; }
 

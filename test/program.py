@@ -56,9 +56,9 @@ def path(*names):
     return os.path.join(folder, *map(str, names))
 
 
-def program(*arguments, **options):
+def program(*arguments, environment=None, **options):
     """The finished process, with its output as text."""
-    return subprocess.run([PROGRAM, *map(str, arguments)], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, errors="replace",
+    return subprocess.run([PROGRAM, *map(str, arguments)], cwd=folder, env=environment or ENVIRONMENT, capture_output=True, text=True, errors="replace",
                           timeout=300, **options)
 
 

@@ -1,0 +1,22 @@
+// Gradients of several ranks become one: summed as soon as they are final, in buckets, while the backward pass goes on.
+#pragma once
+#include "llama.h"
+
+class GradientReduction {
+  public:
+    // Does nothing without a communicator (device.communicator()); a dry device's scratch is counted where the configuration has several ranks.
+    GradientReduction(Device& device, const Config& config) : device_(device), config_(config) {}
+
+    // p's gradient is final on this rank, and will be on the others at the same place of their backward pass. Its sum over the ranks takes its place:
+    // begun once a bucket is full, there after finish().
+    void add(Parameter& p, const GradientPart& part);
+    // What is queued on the device from now on finds the sums.
+    void finish();
+
+  private:
+    void flush();
+    Device& device_;
+    const Config& config_;
+    std::vector<Tensor> bucket_;
+    int64_t bucket_bytes_ = 0;
+};

@@ -1,0 +1,266 @@
+"""Tests of runs by several processes: they train as one does, and end together whatever happens to one of them.
+
+python3 test/test_parallel.py [CLASS[.TEST]], after make or make cpu. LOQT_TEST_DEVICE=cuda takes two GPUs. See program.py for settings.
+"""
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import unittest
+
+import program
+from program import checkpoint, checkpoints, DEVICE, ENVIRONMENT, metrics, new_run, path, PROGRAM, ProgramTest, read_text, series, start, steps
+
+KILLS = int(os.environ.get("LOQT_TEST_RANK_KILLS", 4))
+
+
+def setUpModule():
+    program.setUpModule()
+    probe = program.program("--config", "tiny", "--device", DEVICE, "--gpus", 2, "--data.train", "none", "--run.dir", "probe")
+    reason = re.search(r"run\.gpus: (.*)", probe.stderr)
+    if reason:
+        raise unittest.SkipTest(f"runs by several processes: {reason[1]}")
+
+
+def children(process):
+    """{rank: pid} of a launcher's processes that are there."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as f:
+                parent = int(f.read().rsplit(")", 1)[1].split()[1])
+            with open(f"/proc/{pid}/environ", "rb") as f:
+                rank = re.search(rb"(?:^|\0)RANK=(\d+)", f.read())
+        except OSError:
+            continue
+        if parent == process.pid and rank:
+            found[int(rank[1])] = int(pid)
+    return found
+
+
+def trained(name):
+    """Steps in the metrics so far."""
+    log = path(name, "metrics.jsonl")
+    return read_text(log).count('"event":"train"') if os.path.exists(log) else 0
+
+
+class ParallelTest(ProgramTest):
+    def train_by(self, processes, *arguments):
+        return self.train("--gpus", processes, *arguments)
+
+    def wait_for_steps(self, process, name, count):
+        deadline = time.time() + 60
+        while process.poll() is None and trained(name) < count and time.time() < deadline:
+            time.sleep(0.002)
+        self.assertIsNone(process.poll(), process.stderr.read() if process.poll() is not None else "")
+
+    def ended(self, process, within):
+        """(exit code, stderr) of a process that has to end within so many seconds, with all its children."""
+        ranks = children(process)
+        try:
+            _, errors = process.communicate(timeout=within)
+        except subprocess.TimeoutExpired:
+            for pid in [process.pid, *ranks.values()]:
+                os.kill(pid, signal.SIGKILL)
+            self.fail(f"still there after {within} s")
+        time.sleep(0.2)
+        for rank, pid in ranks.items():
+            self.assertFalse(os.path.exists(f"/proc/{pid}") and "Z" not in read_text(f"/proc/{pid}/stat").rsplit(")", 1)[1].split()[0], f"rank {rank} lives on")
+        return process.returncode, errors
+
+
+class SameTrainingTest(ParallelTest):
+    # Title: options, and how far losses may be from those of one process: sums in another order; NF4 codes that such a difference moves; random rounding.
+    VARIANTS = {
+        "loqt": ((), 2e-3), "clipped": (("--clip", 0.5), 2e-3), "loqt-nq": (("--method.name", "loqt-nq"), 2e-3), "full": (("--method.name", "full"), 1e-4),
+        "galore": (("--method.name", "galore", "--scale", 1), 2e-3), "lora": (("--method.name", "lora"), 1e-4), "relora": (("--method.name", "relora", "--relora_warmup", 2), 1e-3),
+        "loftq": (("--method.name", "loftq"), 1e-3), "8-bit gradients": (("--gradients", "int8", "--micro_batch", 1), 3e-2), "last": (("--projection_gradient", "last", "--micro_batch", 1, "--batch", 8), None),
+        "reset": (("--moments_at_merge", "reset"), 2e-3), "project": (("--moments_at_merge", "project", "--moments", "int8"), 2e-2), "subspace": (("--projection", "subspace"), 5e-3),
+        "masked rows": (("--data.train", "rows", "--data.val", "rows", "--data.layout", "rows"), 2e-3),
+        "per layer": (("--updates", "per_layer", "--micro_batch", "auto"), 2e-3),
+        "galore per layer": (("--method.name", "galore", "--scale", 1, "--updates", "per_layer", "--micro_batch", "auto"), 2e-3),
+    }
+
+    def test_variants(self):
+        for title, (options, tolerance) in self.VARIANTS.items():
+            with self.subTest(title):
+                options = ("--steps", 8, "--merge_gap", 3, "--verify_every", 1, *options)
+                one, two = self.train_by(1, *options), self.train_by(2, *options)
+                again = self.train_by(2, *options)
+                self.assert_same_run(again, two, title)
+                self.assertEqual(steps(two, "merge"), steps(one, "merge"))
+                if tolerance is None:
+                    continue
+                for event in ("train", "eval"):
+                    theirs = series(one, event)
+                    for step, loss in series(two, event).items():
+                        self.assertAlmostEqual(float(loss), float(theirs[step]), delta=tolerance, msg=f"seed {program.SEED}: {event} {step}")
+
+    def test_evaluation_is_the_same_to_the_bit(self):
+        for sequences in (1, 5, 8, 0):
+            options = ("--steps", 1, "--eval.sequences", sequences, "--official_perplexity", "true")
+            first = [next(e for e in metrics(self.train_by(n, *options)) if e["event"] == "eval") for n in (1, 2, 4)]
+            for other in first[1:]:
+                for key in ("loss", "perplexity", "perplexity_official_biased", "tokens"):
+                    self.assertEqual(other[key], first[0][key], f"seed {program.SEED}: {sequences} sequences, {key}")
+
+    def test_one_run_directory(self):
+        two = self.train_by(2)
+        events = metrics(two)
+        self.assertEqual([e["gpus"] for e in events if e["event"] == "start"], [2])
+        self.assertEqual(len([e for e in events if e["event"] == "train"]), 12)
+        self.assertEqual([e["tokens"] for e in events if e["event"] == "train"][-1], 12 * 4 * 32)
+
+    def test_resumed_by_another_number(self):
+        reference = self.train_by(2, "--checkpoint.every", 1)
+        step = self.rng.randrange(1, 11)
+        again = self.copy_until(reference, step)
+        self.succeed("--resume", "--run.dir", again)  # run.gpus is in the run's configuration
+        self.assert_same_run(again, reference, f"resumed at {step} by two")
+        for processes in (1, 4):
+            other = self.copy_until(reference, step)
+            self.succeed("--resume", "--run.dir", other, "--gpus", processes)
+            self.assertEqual([e["gpus"] for e in metrics(other) if e["event"] == "resume"], [processes])
+            for number, loss in series(other).items():
+                self.assertAlmostEqual(float(loss), float(series(reference)[number]), delta=5e-3, msg=f"seed {program.SEED}: {processes} from {step}")
+        one = self.train_by(1, "--checkpoint.every", 1)
+        other = self.copy_until(one, step)
+        self.succeed("--resume", "--run.dir", other, "--gpus", 2)
+        for number, loss in series(other).items():
+            self.assertAlmostEqual(float(loss), float(series(one)[number]), delta=5e-3, msg=f"seed {program.SEED}: one, then two from {step}")
+
+
+class EndTest(ParallelTest):
+    """Whatever ends one process ends all, soon and with one message; and the run goes on from its last checkpoint as if nothing had been."""
+
+    OPTIONS = ("--steps", 60, "--gpus", 2, "--checkpoint.every", 5, "--eval.every", 20, "--keep_last", 3)
+
+    def begin(self, *options):
+        name = self.name()
+        return name, start(*new_run(name, *self.OPTIONS, *options))
+
+    def test_killed_rank(self):
+        reference = self.train(*self.OPTIONS)
+        for kill in range(KILLS):
+            name, process = self.begin()
+            self.wait_for_steps(process, name, self.rng.randrange(6, 40))
+            rank = kill % 2
+            os.kill(children(process)[rank], signal.SIGKILL)
+            code, errors = self.ended(process, 15)
+            self.assertNotEqual(code, 0)
+            self.assertRegex(errors, rf"^train_loqt: .*rank {rank}\b[^\n]*\n$", f"seed {program.SEED}")
+            self.assertIn("--resume", errors)
+            self.succeed("--resume", "--run.dir", name)
+            self.assert_same_run(name, reference, f"rank {rank} killed")
+
+    def test_stopped_rank(self):
+        name, process = self.begin("--comm-timeout", 2)
+        self.wait_for_steps(process, name, 6)
+        victim = children(process)[1]
+        os.kill(victim, signal.SIGSTOP)
+        begin = time.time()
+        try:
+            code, errors = self.ended(process, 15 + 75)
+        finally:
+            try:
+                os.kill(victim, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self.assertNotEqual(code, 0)
+        self.assertRegex(errors, r"^train_loqt: .*rank 1\b[^\n]*\n$")
+        self.assertLess(time.time() - begin, 15)
+
+    def test_signal_saves_once_and_ends_all(self):
+        reference = self.train(*self.OPTIONS)
+        for which in (signal.SIGINT, signal.SIGTERM):
+            name, process = self.begin()
+            self.wait_for_steps(process, name, self.rng.randrange(6, 40))
+            process.send_signal(which)
+            self.assertEqual(self.ended(process, 30), (0, ""))
+            end = metrics(name)[-1]
+            self.assertEqual((end["event"], end["finished"]), ("end", False))
+            self.assertTrue(os.path.exists(checkpoint(name, end["step"])))
+            self.assertEqual(len([e for e in metrics(name) if e["event"] == "checkpoint" and e["step"] == end["step"]]), 1)
+            self.succeed("--resume", "--run.dir", name)
+            self.assert_same_run(name, reference, which.name)
+
+    def test_signal_to_one_rank(self):
+        name, process = self.begin()
+        self.wait_for_steps(process, name, 8)
+        os.kill(children(process)[1], signal.SIGTERM)
+        self.assertEqual(self.ended(process, 30), (0, ""))
+        self.assertEqual(metrics(name)[-1]["event"], "end")
+
+    def test_killed_launcher(self):
+        name, process = self.begin()
+        self.wait_for_steps(process, name, 8)
+        ranks = children(process)
+        process.kill()
+        process.communicate()
+        deadline = time.time() + 30
+        while any(os.path.exists(f"/proc/{pid}") for pid in ranks.values()) and time.time() < deadline:
+            time.sleep(0.05)
+        self.assertEqual([rank for rank, pid in ranks.items() if os.path.exists(f"/proc/{pid}")], [])
+        self.assertEqual(metrics(name)[-1]["event"], "end")  # they were told to stop, and saved
+
+    def test_not_finite(self):
+        line = self.mistake(new_run(self.name(), "--gpus", 2, "--lr", 1e30), "not finite", "lr")
+        self.assertNotIn("rank", line)
+
+
+class StartTest(ParallelTest):
+    def environment(self, rank, size, port, **more):
+        return {**ENVIRONMENT, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **more}
+
+    def free_port(self):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            return s.getsockname()[1]
+
+    def test_started_by_another_launcher(self):
+        reference, name, port = self.train_by(2), self.name(), self.free_port()
+        processes = [subprocess.Popen([PROGRAM, *map(str, new_run(name))], cwd=program.folder, env=self.environment(rank, 2, port), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                     for rank in (0, 1)]
+        results = [process.communicate(timeout=60) for process in processes]
+        self.assertEqual([process.returncode for process in processes], [0, 0], results)
+        self.assertIn("final checkpoint", results[0][0])
+        self.assertEqual(results[1], ("", ""))
+        self.assert_same_run(name, reference)
+
+    def test_only_rank_0_needs_the_files(self):
+        name, port, elsewhere = self.name(), self.free_port(), path(f"elsewhere-{self.rng.random()}")
+        os.makedirs(elsewhere)
+        for data in ("shards",):
+            os.symlink(path(data), os.path.join(elsewhere, data))
+        commands = [(program.folder, new_run(name)), (elsewhere, ("--config", "nothing"))]
+        processes = [subprocess.Popen([PROGRAM, *map(str, arguments)], cwd=folder, env=self.environment(rank, 2, port), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                     for rank, (folder, arguments) in enumerate(commands)]
+        results = [process.communicate(timeout=60) for process in processes]
+        self.assertEqual([process.returncode for process in processes], [0, 0], results)
+        self.assertEqual(os.listdir(elsewhere), ["shards"])
+
+    def test_mistakes(self):
+        self.mistake(new_run(self.name(), "--gpus", 3), "train.batch", "4", "3")
+        self.mistake(new_run(self.name(), "--gpus", -1), "run.gpus")
+        self.mistake(new_run(self.name(), "--gpus", 2, "--micro_batch", 4), "train.micro_batch", "2 sequences")
+        self.mistake(new_run(self.name(), "--gpus", 2, "--data.train", "nowhere"), "nowhere")
+        self.mistake(new_run(self.name(), "--gpus", 2, "--device", "cuda:1"), "run.gpus" if DEVICE == "cpu" else "cuda:1")
+        existing = self.train_by(2)
+        self.mistake(new_run(existing, "--gpus", 2), "already holds a run")
+
+    def test_missing_rank(self):
+        line = self.mistake(new_run(self.name(), "--comm-timeout", 1.5), "rank 1", environment=self.environment(0, 2, self.free_port()))
+        self.assertNotIn("\n", line)
+
+    def test_plan(self):
+        output = program.program("--config", "60m", "--plan", "--gpus", 4, "--memory-budget", "24GiB").stdout
+        self.assertIn("each of 4 GPUs", output)
+        self.assertIn("batch 512 = 4 × ", output)
+
+
+if __name__ == "__main__":
+    unittest.main()
