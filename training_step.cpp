@@ -54,9 +54,9 @@ StepGradients accumulate_gradients(Device& device, Llama& model, const Config& c
         }
         model.train(batches[size_t(i)], loss_scale, sums.losses(), i, pass);
     }
-    if (config.world_size > 1)
+    if (config.world_size > 1 && (!inside || result.updated))  // else the loss forbade the backward pass
         for (Parameter* p : model.parameters())
-            if (!p->reduced) reduction.add(*p, pass.part(config));  // norms; and where the loss forbade the backward pass, what there is
+            if (!p->reduced) reduction.add(*p, pass.part(config));  // norms
     reduction.finish();
     if (result.updated) model.invalidate();  // also where the step ends here, because its gradient is not finite
     if (plan.merges && device.workers()) {

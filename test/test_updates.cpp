@@ -184,18 +184,22 @@ void check_kept_effective_weights(Device& device) {
 TEST_CASE("every product that a sum of gradients gets is rounded by draws of its own", "[updates]") {
     Config c;
     c.train.batch = 4, c.train.micro_batch = 1;
-    std::set<uint32_t> numbers;
-    for (int64_t step = 0; step < 5; ++step)
-        for (int64_t i = 0; i < 4; ++i)
-            for (int64_t chunk = 0; chunk < 3; ++chunk) {
-                BackwardPass pass;
-                pass.step = step, pass.micro_batch = i, pass.first = i == 0;
-                GradientPart part = pass.part(c, chunk, 3);
-                CHECK(part.first == (i == 0 && chunk == 0));
-                CHECK_FALSE(part.only);
-                numbers.insert(part.number);
-            }
-    CHECK(numbers.size() == 5 * 4 * 3);
+    for (int64_t ranks : {1, 2}) {
+        c.world_size = ranks;
+        std::set<uint32_t> numbers;
+        for (int64_t step = 0; step < 5; ++step)
+            for (int64_t i = 0; i < c.micro_batches(); ++i)
+                for (int rank = 0; rank < ranks; ++rank)
+                    for (int64_t chunk = 0; chunk < 3; ++chunk) {
+                        BackwardPass pass;
+                        pass.step = step, pass.rank = rank, pass.micro_batch = i, pass.first = i == 0;
+                        GradientPart part = pass.part(c, chunk, 3);
+                        CHECK(part.first == (i == 0 && chunk == 0));
+                        CHECK_FALSE(part.only);
+                        numbers.insert(part.number);
+                    }
+        CHECK(numbers.size() == 5 * 4 * 3);
+    }
 }
 TEST_CASE("updates layer by layer are the ordinary updates, bit for bit", "[updates]") { check_per_layer(*test_device("cpu")); }
 TEST_CASE("merges inside the backward pass are those after it, bit for bit", "[updates]") { check_merges_inside(*test_device("cpu")); }
