@@ -41,7 +41,7 @@ CUDA_LIBS := -L$(CUDA_HOME)/lib64 -L$(CUDA_HOME)/targets/x86_64-linux/lib -Wl,-r
 DEFINES  := -DWITH_CUDA
 endif
 
-CORE_CPP := $(filter-out train_loqt.cpp,$(wildcard *.cpp)) $(wildcard runtime/*.cpp)
+CORE_CPP := $(filter-out train_loqt.cpp,$(wildcard *.cpp)) $(wildcard comm/*.cpp runtime/*.cpp)
 CORE_CU  := $(wildcard *.cu ops/*.cu runtime/*.cu)
 TEST_CPP := $(wildcard test/*.cpp)
 CORE_OBJ := $(CORE_CPP:%.cpp=$(BUILD)/%.o) $(CORE_CU:%.cu=$(BUILD)/%.cu.o)
