@@ -15,6 +15,7 @@
 
 #include "runtime/tensor.h"
 
+class Communicator;  // comm/communicator.h
 class Profiler;      // runtime/profile.h
 class Workers;       // runtime/workers.h
 struct CudaContext;  // streams and handles; defined in runtime/cuda_context.h for operation files only
@@ -30,6 +31,7 @@ class Device {
     static std::unique_ptr<Device> open_dry(DeviceKind kind);
     // True if a CUDA device can be used by this binary on this machine; why_not says what is missing.
     static bool cuda_usable(std::string* why_not = nullptr);
+    static int cuda_count();  // of the usable GPUs
     // A second device on the same hardware with a stream, library handles, workspace and scratch of its own, for another host thread; dry
     // if this one is. Memory is shared; the order of work is not: see wait_for. Its library workspace and handles take fork_bytes().
     std::unique_ptr<Device> fork() const;
@@ -51,6 +53,9 @@ class Device {
     // Not owned; null: whatever could be given to another thread is done at once.
     Workers* workers() const { return workers_; }
     void attach_workers(Workers* workers) { workers_ = workers; }
+    // Not owned; null: this process is alone. Forks have none: collective operations belong to one thread.
+    Communicator* communicator() const { return communicator_; }
+    void attach_communicator(Communicator* communicator) { communicator_ = communicator; }
     // Whether products of a new shape are worth timing (ops/matmul.h): not where hardly any shape comes twice. Changes no result.
     void time_products(bool worth_it);
 
@@ -100,6 +105,7 @@ class Device {
     std::unique_ptr<CudaContext> cuda_;
     Profiler* profiler_ = nullptr;
     Workers* workers_ = nullptr;
+    Communicator* communicator_ = nullptr;
     std::map<void*, std::pair<int64_t, std::string>> held_;
     // Shared with forks, which other threads use.
     struct Books {
