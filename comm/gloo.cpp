@@ -116,7 +116,7 @@ class GlooCommunicator : public Communicator {
     }
     // A ring: the order of the additions follows from the number of elements and of ranks alone, and every sum is made in one place.
     template <class T> void add_up(T* values, int64_t count) {
-        if (count == 0) return;
+        if (count == 0) return;  // which later versions refuse
         auto o = options<gloo::AllreduceOptions>();
         o.setAlgorithm(gloo::AllreduceOptions::Algorithm::RING);
         o.setOutput(values, size_t(count));
