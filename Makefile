@@ -6,7 +6,8 @@
 # make help        this text
 #
 # Settings: GPU_ARCHS="86 89" (default: this machine's GPU, else 80 86 89 90), CXX, NVCC, MARCH=native, OPENBLAS_DIR=/opt/openblas,
-# CUDA=0 (as make cpu), V=1 (show the commands).
+# CUDA=0 (as make cpu), V=1 (show the commands). Several GPUs in one run need NCCL, several CPU processes Gloo: each is used where it is found.
+# NCCL_DIR=/opt/nccl (the folder with include/nccl.h; default: the CUDA Toolkit, /usr, /usr/local), NCCL=0 and GLOO=0 do without.
 
 Q        := $(if $(V),,@)
 CXX      ?= g++
@@ -39,10 +40,25 @@ ifneq ($(NVCC),)
 CUDA_HOME := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
 CUDA_LIBS := -L$(CUDA_HOME)/lib64 -L$(CUDA_HOME)/targets/x86_64-linux/lib -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcublas -lcusolver -lcudart
 DEFINES  := -DWITH_CUDA
+# NCCL: its header, and its library under the name that it has everywhere, also in the Python package nvidia-nccl.
+ifneq ($(NCCL),0)
+NCCL_HEADER := $(firstword $(wildcard $(patsubst %,%/include/nccl.h,$(or $(NCCL_DIR),$(CUDA_HOME) /usr /usr/local))))
+NCCL_HOME   := $(NCCL_HEADER:%/include/nccl.h=%)
+NCCL_LIBRARY := $(if $(NCCL_HOME),$(firstword $(wildcard $(patsubst %,$(NCCL_HOME)/%/libnccl.so.2,lib lib64 targets/x86_64-linux/lib lib/x86_64-linux-gnu))))
+endif
+endif
+ifneq ($(GLOO),0)
+HAVE_GLOO := $(shell $(CXX) -std=c++17 -fsyntax-only -x c++ -include gloo/allreduce.h /dev/null 2>/dev/null && echo 1)
 endif
 
+# What connects the ranks of a run (comm/). The files that depend on the choice are compiled again when it changes.
+COMM_SETTING := $(if $(NCCL_LIBRARY),-DWITH_NCCL -I$(NCCL_HOME)/include) $(if $(HAVE_GLOO),-DWITH_GLOO)
+CUDA_LIBS    := $(if $(NCCL_LIBRARY),$(NCCL_LIBRARY) $(patsubst %,-Wl$(comma)-rpath$(comma)%,$(filter-out /usr/lib /usr/lib/% /usr/lib64,$(patsubst %/,%,$(dir $(NCCL_LIBRARY)))))) $(CUDA_LIBS)
+LIBS         += $(if $(HAVE_GLOO),-lgloo)
+COMM_OBJ     := $(BUILD)/comm/communicator.o $(BUILD)/comm/gloo.o $(BUILD)/comm/nccl.cu.o
+
 CORE_CPP := $(filter-out train_loqt.cpp,$(wildcard *.cpp)) $(wildcard comm/*.cpp runtime/*.cpp)
-CORE_CU  := $(wildcard *.cu ops/*.cu runtime/*.cu)
+CORE_CU  := $(wildcard *.cu comm/*.cu ops/*.cu runtime/*.cu)
 TEST_CPP := $(wildcard test/*.cpp)
 CORE_OBJ := $(CORE_CPP:%.cpp=$(BUILD)/%.o) $(CORE_CU:%.cu=$(BUILD)/%.cu.o)
 TEST_OBJ := $(TEST_CPP:%.cpp=$(BUILD)/%.o)
@@ -95,6 +111,11 @@ $(BUILD)/%.cu.o: %.cu | check-libraries
 	$(Q)$(CXX) $(COMMON) $(WARN) $(HOST) $(CXXFLAGS) -x c++ -c $< -o $@
 endif
 
+$(COMM_OBJ): COMMON += $(COMM_SETTING)
+$(COMM_OBJ): $(BUILD)/comm/setting
+$(BUILD)/comm/setting: FORCE
+	@mkdir -p $(@D); echo "$(COMM_SETTING)" | cmp -s - $@ || echo "$(COMM_SETTING)" > $@
+
 check-libraries:
 	@sh scripts/check_libraries.sh "$(CXX)" "$(OPENBLAS_CFLAGS)"
 
@@ -113,7 +134,7 @@ quickstart:
 	@bash scripts/quickstart.sh
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
 
 clean:
 	rm -rf build build-cpu train_loqt

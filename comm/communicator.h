@@ -1,5 +1,5 @@
 // Collective operations between the devices of a run's ranks: NCCL between GPUs, Gloo between CPUs. All ranks call the same ones in the same
-// order, from the thread that owns the device.
+// order, from the thread that owns the device. What fails ends the run by Control::lost.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -11,8 +11,8 @@
 
 class Communicator {
   public:
-    // Connects all ranks of control.world() and attaches itself to `device` until it ends. UserError where this binary or machine cannot
-    // (see available).
+    // Connects all ranks of control.world() and attaches itself to `device` until it ends. UserError where this binary cannot
+    // (see available). Not for dry devices.
     static std::unique_ptr<Communicator> connect(Device& device, Control& control);
     // Whether this binary can; why_not names the library that was missing when it was built.
     static bool available(DeviceKind kind, std::string* why_not = nullptr);
@@ -26,17 +26,27 @@ class Communicator {
     int size() const { return control_.world().size; }
 
     // These are queued: they begin when what is queued on the device by now is done, and may run beside what is queued later, until finish().
-    // Tensors: contiguous (ld = cols), f32 or bf16 (cpu: f32), of the same shapes on all ranks. The sums have the same bits on all ranks and in every run.
-    virtual void all_reduce(const std::vector<Tensor>& tensors) = 0;  // each ← its sum over ranks
-    virtual void reduce(Tensor tensor, int root) = 0;                 // on root: ← the sum; elsewhere left undefined
-    virtual void broadcast(const std::vector<Tensor>& tensors, int root) = 0;  // any dtype, whole bytes
-    // What is queued on the device from now on comes after all of the above. Does not wait.
-    virtual void finish() = 0;
-    // Values on the host, f64: each ← its sum over ranks, the same bits on all. `what` names it should it never end. Waits for all that is queued.
-    virtual void sum(std::vector<double>& values, const char* what) = 0;
+    // (On the cpu they are done when they return.) Tensors: contiguous (ld = cols), f32 or bf16 (cpu: f32), of the same shapes on all ranks.
+    // The sums have the same bits on all ranks and, on the same machines, in every run.
+    void all_reduce(const std::vector<Tensor>& tensors);           // each ← its sum over ranks
+    void reduce(Tensor tensor, int root);                          // on root: ← the sum; elsewhere left undefined
+    void broadcast(const std::vector<Tensor>& tensors, int root);  // any dtype, whole bytes
+    // What is queued on the device from now on comes after all of the above. Does not wait. A profiler sees here what the device waits.
+    void finish();
+    // Values on the host, f64: each ← its sum over ranks, the same bits on all. `what` names it should it never end. Waits for all of the above,
+    // not for the device.
+    void sum(std::vector<double>& values, const char* what);
 
   protected:
     Communicator(Device& device, Control& control);
     Device& device_;
     Control& control_;
+
+  private:
+    // As above, of tensors that have been checked.
+    virtual void queue_all_reduce(const std::vector<Tensor>& tensors) = 0;
+    virtual void queue_reduce(Tensor tensor, int root) = 0;
+    virtual void queue_broadcast(const std::vector<Tensor>& tensors, int root) = 0;
+    virtual void queue_finish() = 0;
+    virtual void sum_now(std::vector<double>& values, const char* what) = 0;
 };

@@ -82,7 +82,7 @@ bool Device::cuda_usable(std::string* why_not) {
 int Device::cuda_count() {
     int count = 0;
 #ifdef WITH_CUDA
-    if (cuda_usable()) cudaGetDeviceCount(&count);
+    if (cuda_usable()) CUDA_CHECK(cudaGetDeviceCount(&count));
 #endif
     return count;
 }
@@ -99,8 +99,7 @@ std::unique_ptr<Device> Device::open(const std::string& which) {
     std::unique_ptr<Device> device(new Device);
 #ifdef WITH_CUDA
     if (usable) {
-        int ordinal = 0, count = 0;
-        CUDA_CHECK(cudaGetDeviceCount(&count));
+        int ordinal = 0, count = cuda_count();
         if (which.size() > 5) {
             char* end = nullptr;
             ordinal = int(std::strtol(which.c_str() + 5, &end, 10));

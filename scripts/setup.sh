@@ -21,9 +21,10 @@ missing() {
 }
 
 packages=$(missing)
-# Text to train on; not worth an error if absent.
+# Text to train on, and what connects several CPU processes in tests; not worth an error if absent.
 optional=""
 [ "$purpose" = quickstart ] && ! has_command bible && optional=" bible-kjv"
+[ "$purpose" = test ] && ! has_header gloo/allreduce.h && optional=" libgloo-dev"
 
 if [ -n "$packages$optional" ] && has_command apt-get; then
     root=none

@@ -1,0 +1,156 @@
+// Collectives between GPUs by NCCL, on a stream of their own beside the device's.
+//
+// The same bits in every run. NCCL chooses algorithm (ring or tree), protocol and number of channels from the topology, the number of ranks and
+// the size of an operation by a fixed table of costs; nothing is timed and nothing depends on who comes first. With those given, every
+// element is added up along a fixed path (round the ring from a rank that its place in the tensor decides; up the tree), in one place, and the
+// result is copied to all: the same on all ranks. In-network sums (NVLS: in the NVLink switch; CollNet) promise no order, so neither is used
+// unless the environment asks for it: CollNet is off by default, NVLS is switched off here.
+//
+// Memory: each channel has buffers for its neighbours (NCCL_BUFFSIZE, 4 MiB, for large operations, less for small ones), made for each
+// algorithm when it is first used. kMaxChannels bounds them, and the multiprocessors that NCCL takes from the products which run at the same
+// time; NVLink is near its full speed with so many. The environment variables NCCL_MAX_CTAS and NCCL_BUFFSIZE override.
+#if defined(WITH_CUDA) && defined(WITH_NCCL)
+#include <nccl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <thread>
+
+#include "comm/backends.h"
+#include "runtime/cuda_context.h"
+
+namespace {
+
+constexpr int kMaxChannels = 16;
+constexpr int64_t kSumValues = 512;  // that one call of NCCL adds up in sum()
+
+ncclDataType_t type_of(const Tensor& t) { return t.dtype == DType::bf16 ? ncclBfloat16 : ncclFloat32; }
+
+// In members of NcclCommunicator.
+#define NCCL_CHECK(call)                                                        \
+    do {                                                                        \
+        ncclResult_t status_ = (call);                                          \
+        if (status_ != ncclSuccess) lost(__FILE__, __LINE__, #call, status_);   \
+    } while (0)
+
+class NcclCommunicator : public Communicator {
+  public:
+    NcclCommunicator(Device& device, Control& control) : Communicator(device, control) {
+        int lowest = 0, highest = 0;
+        CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
+        // Other ranks wait for what is sent here, so it comes before this rank's own work.
+        CUDA_CHECK(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, highest));
+        CUDA_CHECK(cudaEventCreateWithFlags(&queued_, cudaEventDisableTiming));
+        CUDA_CHECK(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming));
+        on_host_ = pinned();
+        on_device_ = static_cast<double*>(device.allocate(kSumValues * int64_t(sizeof(double)), "sums over ranks"));
+
+        setenv("NCCL_NVLS_ENABLE", "0", /*overwrite=*/0);
+        ncclUniqueId id;
+        if (rank() == 0) NCCL_CHECK(ncclGetUniqueId(&id));
+        const std::string bytes = control.broadcast(rank() == 0 ? std::string(id.internal, sizeof id.internal) : std::string());
+        CHECK_INTERNAL(bytes.size() == sizeof id.internal, "NCCL's identifier has %zu bytes", bytes.size());
+        std::memcpy(id.internal, bytes.data(), bytes.size());
+        ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+        config.maxCTAs = kMaxChannels;
+        NCCL_CHECK(ncclCommInitRankConfig(&comm_, size(), id, rank(), &config));
+        // Connections are made with the first operation: what fails there should fail now.
+        std::vector<double> ranks{1.0};
+        sum_now(ranks, "the first sum");
+        CHECK_INTERNAL(ranks[0] == size(), "NCCL counts %g ranks of %d", ranks[0], size());
+    }
+
+    ~NcclCommunicator() override {
+        if (std::uncaught_exceptions() > 0) {  // others may never come to what is queued
+            ncclCommAbort(comm_);
+        } else {
+            Control::Activity activity(&control_, Control::Kind::waiting, "closing NCCL");
+            ncclCommDestroy(comm_);
+        }
+        device_.release(on_device_);
+        cudaFreeHost(on_host_);
+        cudaEventDestroy(done_);
+        cudaEventDestroy(queued_);
+        cudaStreamDestroy(stream_);
+    }
+
+  private:
+    ncclComm_t comm_ = nullptr;
+    cudaStream_t stream_ = nullptr;
+    cudaEvent_t queued_ = nullptr, done_ = nullptr;
+    double *on_host_ = nullptr, *on_device_ = nullptr;  // kSumValues each
+
+    static double* pinned() {
+        void* pointer = nullptr;
+        CUDA_CHECK(cudaMallocHost(&pointer, kSumValues * sizeof(double)));
+        return static_cast<double*>(pointer);
+    }
+
+    [[noreturn]] void lost(const char* file, int line, const char* call, ncclResult_t status) {
+        control_.lost(format("%s:%d: %s failed: %s (%s)", file, line, call, ncclGetErrorString(status), ncclGetLastError(comm_)));
+    }
+
+    // What follows on stream_ comes after all that is queued on the device.
+    void wait_for_device() {
+        CUDA_CHECK(cudaEventRecord(queued_, device_.cuda().stream));
+        CUDA_CHECK(cudaStreamWaitEvent(stream_, queued_, 0));
+    }
+
+    void queue_all_reduce(const std::vector<Tensor>& tensors) override {
+        wait_for_device();
+        NCCL_CHECK(ncclGroupStart());
+        for (const Tensor& t : tensors) NCCL_CHECK(ncclAllReduce(t.data, t.data, size_t(t.numel()), type_of(t), ncclSum, comm_, stream_));
+        NCCL_CHECK(ncclGroupEnd());
+    }
+
+    void queue_reduce(Tensor tensor, int root) override {
+        wait_for_device();
+        NCCL_CHECK(ncclReduce(tensor.data, tensor.data, size_t(tensor.numel()), type_of(tensor), ncclSum, root, comm_, stream_));
+    }
+
+    void queue_broadcast(const std::vector<Tensor>& tensors, int root) override {
+        wait_for_device();
+        NCCL_CHECK(ncclGroupStart());
+        for (const Tensor& t : tensors)
+            NCCL_CHECK(ncclBroadcast(t.data, t.data, size_t(t.numel() * size_of(t.dtype)), ncclUint8, root, comm_, stream_));
+        NCCL_CHECK(ncclGroupEnd());
+    }
+
+    void queue_finish() override {
+        CUDA_CHECK(cudaEventRecord(done_, stream_));
+        CUDA_CHECK(cudaStreamWaitEvent(device_.cuda().stream, done_, 0));
+    }
+
+    void sum_now(std::vector<double>& values, const char*) override {
+        for (size_t begin = 0; begin < values.size(); begin += kSumValues) {
+            const size_t count = std::min(values.size() - begin, size_t(kSumValues)), bytes = count * sizeof(double);
+            std::memcpy(on_host_, &values[begin], bytes);
+            CUDA_CHECK(cudaMemcpyAsync(on_device_, on_host_, bytes, cudaMemcpyHostToDevice, stream_));
+            NCCL_CHECK(ncclAllReduce(on_device_, on_device_, count, ncclFloat64, ncclSum, comm_, stream_));
+            CUDA_CHECK(cudaMemcpyAsync(on_host_, on_device_, bytes, cudaMemcpyDeviceToHost, stream_));
+            wait();
+            std::memcpy(&values[begin], on_host_, bytes);
+        }
+    }
+
+    // Returns when stream_ is empty. A broken connection does not end what is queued on it, so NCCL is asked from time to time.
+    void wait() {
+        for (;;) {
+            const cudaError_t status = cudaStreamQuery(stream_);
+            if (status == cudaSuccess) return;
+            if (status != cudaErrorNotReady) CUDA_CHECK(status);
+            ncclResult_t failure = ncclSuccess;
+            NCCL_CHECK(ncclCommGetAsyncError(comm_, &failure));
+            if (failure != ncclSuccess) lost(__FILE__, __LINE__, "a collective operation", failure);
+            std::this_thread::sleep_for(std::chrono::microseconds(20));
+        }
+    }
+};
+
+}  // namespace
+
+std::unique_ptr<Communicator> connect_nccl(Device& device, Control& control) { return std::make_unique<NcclCommunicator>(device, control); }
+#endif
