@@ -1,6 +1,8 @@
 // Which library connects the ranks, and what its operations have in common. See communicator.h.
 #include "comm/communicator.h"
 
+#include <csignal>
+
 #include "comm/backends.h"
 #include "runtime/profile.h"
 
@@ -50,6 +52,8 @@ std::unique_ptr<Communicator> Communicator::connect(Device& device, Control& con
     std::string why_not;
     if (!available(device.kind(), &why_not))
         throw UserError(std::string("several ranks on ") + (device.is_cuda() ? "GPUs" : "CPUs") + " cannot be connected: " + why_not);
+    // Gloo writes to sockets whose other end may be gone; that must be an error, which can be told, and not the end.
+    std::signal(SIGPIPE, SIG_IGN);
     Control::Activity activity(&control, Control::Kind::waiting, device.is_cuda() ? "connecting the GPUs" : "connecting the CPUs");
 #ifdef WITH_NCCL
     if (device.is_cuda()) return connect_nccl(device, control);

@@ -139,9 +139,9 @@ class NcclCommunicator : public Communicator {
     // Returns when stream_ is empty. A broken connection does not end what is queued on it, so NCCL is asked from time to time.
     void wait() {
         for (;;) {
-            const cudaError_t status = cudaStreamQuery(stream_);
-            if (status == cudaSuccess) return;
-            if (status != cudaErrorNotReady) CUDA_CHECK(status);
+            const cudaError_t collectives = cudaStreamQuery(stream_);
+            if (collectives == cudaSuccess) return;
+            if (collectives != cudaErrorNotReady) CUDA_CHECK(collectives);  // the name is for the message
             ncclResult_t failure = ncclSuccess;
             NCCL_CHECK(ncclCommGetAsyncError(comm_, &failure));
             if (failure != ncclSuccess) lost(__FILE__, __LINE__, "a collective operation", failure);
