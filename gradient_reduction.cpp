@@ -12,7 +12,7 @@ constexpr uint32_t kReducedPart = 0x80000000;
 
 }  // namespace
 
-void GradientReduction::add(Parameter& p, const GradientPart& part) {
+void GradientReduction::add(Parameter& p) {
     Communicator* ranks = device_.communicator();
     if (!ranks && !(device_.dry() && config_.world_size > 1)) return;
     if (!p.active && !device_.dry()) return;  // nothing wrote a gradient, on any rank
@@ -24,9 +24,9 @@ void GradientReduction::add(Parameter& p, const GradientPart& part) {
             ranks->all_reduce({g.flat()});
             finish();
         }
-        GradientPart reduced = part;
-        reduced.number |= kReducedPart;
-        add_to_gradient_sum(device_, {p.grad, p.grad_scales}, g, true, gradient_draws(p, reduced));
+        // The same draws on every rank: they round the same sum.
+        const GradientPart sum{true, false, uint64_t(config_.train.seed), kReducedPart | uint32_t(step_)};
+        add_to_gradient_sum(device_, {p.grad, p.grad_scales}, g, true, gradient_draws(p, sum));
         return;
     }
     if (!ranks) return;

