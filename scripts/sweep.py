@@ -6,8 +6,9 @@
     python3 scripts/sweep.py FILE.json --devices cuda:0,cuda:1
 
 After -- come configuration keys for all runs: KEY=VALUE or --key value. docs/formats.md describes the file and the folder.
-Started again it goes on: finished runs are left alone, begun and failed ones resumed. Ctrl-C lets every run save; a second one, a second or more later,
-kills them. Exit status: 0, 1 if a run failed, 2 for a mistake (then nothing was started), 130 if interrupted.
+Started again it goes on: finished runs are left alone, begun and failed ones resumed. First seeds come before second ones. Ctrl-C lets every run save; a
+second one, a second or more later, kills them. Exit status: 0, 1 if a run failed, 2 for a mistake (then nothing was started), 3 if runs
+are left to do for want of time, 130 if interrupted.
 """
 import argparse
 import ctypes
@@ -15,6 +16,7 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -23,13 +25,16 @@ import subprocess
 import sys
 import time
 
+from summary import read_events
 from sweep_file import Mistake, Sweep, known_keys
 
 SCRIPTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(SCRIPTS)
 # Keys that change no result: they may differ when a run goes on.
 FREE_TO_CHANGE = re.compile(r"checkpoint\.|run\.(memory_budget|log_every)")
+SAME_SPEED = re.compile(r"checkpoint\.|optimizer\.lr|method\.scale|train\.(seed|steps)|run\.log_every")  # keys that a step takes no longer for
 POLL, PLAIN_PROGRESS = 0.2, 30.0  # seconds
+START_AND_END = 10.0  # seconds that a process takes beside its training, at most
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
 
@@ -81,6 +86,11 @@ def config_file(name):
     return next((path for path in candidates if os.path.isfile(path)), None)
 
 
+def configured_steps(path):
+    """train.steps of a configuration file; None where it cannot be read or does not say."""
+    return (read_json(path) or {}).get("train", {}).get("steps")
+
+
 def same_value(a, b):
     if a is None or b is None or a == b:
         return a == b
@@ -98,12 +108,13 @@ def words(options):
 class Run:
     """One run. state: waiting, running, done, failed, stopped, or refused, as its folder was made with other options."""
 
-    def __init__(self, planned, folder, config, config_hash):
-        self.name, self.options = planned.name, planned.options
+    def __init__(self, planned, folder, config, config_hash, keep):
+        self.name, self.options, self.turn, self.keep = planned.name, planned.options, planned.turn, keep
         self.folder = os.path.join(folder, self.name)
         self.log, self.record = self.folder + ".log", self.folder + ".json"
         self.made_with = {"config": config, "config_sha256": config_hash, "options": self.options}
         self.state, self.detail, self.process, self.device = "waiting", "", None, None
+        self.seconds_per_step = None  # of a finished run's last process, evaluations and merges included
 
     def begun(self):
         return os.path.exists(os.path.join(self.folder, "config.json"))
@@ -145,6 +156,12 @@ class Run:
             self.finish()
 
     def finish(self):
+        if self.keep == "metrics":
+            shutil.rmtree(os.path.join(self.folder, "checkpoints"), ignore_errors=True)
+        by_kind = read_events(self.folder)
+        begun = max(by_kind.get("start", []) + by_kind.get("resume", []), key=lambda event: event["time"])["step"]
+        end = by_kind["end"][-1]
+        self.seconds_per_step = end["seconds"] / (end["step"] - begun) if end["step"] > begun else None
         evals = [event for event in self.events() if event["event"] == "eval"]
         perplexity = evals[0].get("perplexity") if evals else None
         self.state, self.detail = "done", f"validation perplexity {perplexity:.2f}" if perplexity is not None else "no validation perplexity"
@@ -173,7 +190,7 @@ class Run:
         if status is None:
             step = next((event for event in self.events() if event["event"] == "train"), None)
             if step:
-                limit = (read_json(os.path.join(self.folder, "config.json")) or {}).get("train", {}).get("steps", "?")
+                limit = configured_steps(os.path.join(self.folder, "config.json")) or "?"
                 loss = "not finite" if step["loss"] is None else f"{step['loss']:.4f}"
                 self.detail = f"step {step['step']}/{limit}  loss {loss}"
             return False
@@ -262,9 +279,9 @@ def find_devices(text, program):
     return [f"cuda:{i}" for i in range(max(1, sum(name.startswith("GPU ") for name in names)))]
 
 
-def plan(command):
+def plan(command, environment=None):
     """The memory plan of a command as JSON (docs/formats.md). Raises Mistake with the program's message."""
-    result = subprocess.run([*command, "--plan", "--json"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    result = subprocess.run([*command, "--plan", "--json"], stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
     if result.returncode:
         lines = result.stderr.strip().splitlines()
         raise Mistake(lines[-1] if lines else f"{command[0]} --plan: exit status {result.returncode}")
@@ -273,17 +290,31 @@ def plan(command):
 
 def check_runs(sweep, runs, program, device, show):
     """Plans runs, so that a wrong option or one that does not fit is known before anything starts."""
-    plans = {}
+    plans, environment, free = {}, None, None  # what is free on the GPU is asked for once: every process there takes a second to find out
     for run in runs:
         options = {key: value for key, value in run.options.items() if key != "train.seed"}
+        if free:
+            options.setdefault("run.memory_budget", free)
         command = (program, "--config", sweep.config, *words(options), "--run.device", device)
         try:
             if command not in plans:
-                plans[command] = plan(command)
+                plans[command] = plan(command, environment)
         except Mistake as error:
             raise Mistake(f"{run.name}: {error}")
+        if device != "cpu" and "run.memory_budget" not in options and plans[command]["budget"]:
+            free, environment = f"{plans[command]['budget']}B", {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
         if show:
             print(f"{run.name}: {plans[command]['total'] / 2**30:.2f} GiB, " + " ".join(f"{k}={v}" for k, v in run.options.items()))
+
+
+def expected_seconds(run, runs, base_steps):
+    """How long a run will take by the slowest finished one that differs in nothing that matters for speed, else by the slowest of all; None if none is finished."""
+    def what_counts(other):
+        return {key: value for key, value in other.options.items() if not SAME_SPEED.match(key)}
+    timed = [other for other in runs if other.seconds_per_step]
+    steps = float(run.options.get("train.steps") or base_steps or 0)
+    timed = [other for other in timed if what_counts(other) == what_counts(run)] or timed
+    return max(other.seconds_per_step for other in timed) * steps + START_AND_END if timed and steps else None
 
 
 def wait_for_orphans(runs, interrupts):
@@ -301,8 +332,8 @@ def wait_for_orphans(runs, interrupts):
             time.sleep(POLL)
 
 
-def train(runs, program, devices, jobs, interrupts):
-    """Runs what waits, one process at a time for every slot."""
+def train(runs, program, devices, jobs, interrupts, deadline, base_steps):
+    """Runs what waits, one process at a time for every slot; nothing that would not be done by the deadline (time.monotonic)."""
     # Threads that spin while they wait for each other ruin the speed of a CPU that others use.
     environment = {"GOMP_SPINCOUNT": "1000", **os.environ}
     if devices == ["cpu"] and jobs > 1:
@@ -310,19 +341,25 @@ def train(runs, program, devices, jobs, interrupts):
     display = Display(runs)
     slots, told = [device for _ in range(jobs) for device in devices], 0
     notes = ("", "runs save and stop; a second Ctrl-C kills them", "killed")
+    in_turn, changed = sorted(runs, key=lambda run: run.turn), True
     while True:
         for run in runs:
             if run.process and run.poll():
                 slots.append(run.device)
-        for run in runs:
-            if run.state == "waiting" and slots and not interrupts.count:
-                run.start(program, slots.pop(0), environment)
-        display.update(notes[min(interrupts.count, 2)])
+                changed = True
+        left = deadline - time.monotonic()
+        for run in in_turn:
+            if changed and run.state == "waiting" and slots and not interrupts.count and left > 0:
+                if math.isinf(left) or (expected_seconds(run, runs, base_steps) or 0) <= left:
+                    run.start(program, slots.pop(0), environment)
+        changed = False
+        stops = max(interrupts.count, 1 if left <= 0 else 0)
+        display.update(notes[min(stops, 2)])
         running = [run for run in runs if run.process]
         if not running:
             break
-        if interrupts.count > told:
-            told = interrupts.count
+        if stops > told:
+            told = stops
             for run in running:
                 run.process.send_signal(signal.SIGINT if told == 1 else signal.SIGKILL)
         time.sleep(POLL)
@@ -341,6 +378,7 @@ def write_report(folder):
 
 
 def run_sweep(args, overrides, interrupts):
+    deadline = time.monotonic() + args.time_limit
     keys = known_keys(args.binary)
     sweep = Sweep(args.file, keys, overrides)
     path = config_file(sweep.config)
@@ -362,19 +400,24 @@ def run_sweep(args, overrides, interrupts):
         raise Mistake(f"{folder} is in use by another sweep.py")
     with open(path, "rb") as file:
         config_hash = hashlib.sha256(file.read()).hexdigest()
-    runs = [Run(planned, folder, sweep.config, config_hash) for planned in sweep.runs]
+    runs = [Run(planned, folder, sweep.config, config_hash, sweep.keep) for planned in sweep.runs]
     wait_for_orphans(runs, interrupts)
     for run in runs:
         run.check()
     # What report.py goes by. A refused run is none of this sweep's.
     members = [{"name": planned.name, "group": planned.group} for planned, run in zip(sweep.runs, runs) if run.state != "refused"]
     write_json(os.path.join(folder, "sweep.json"), {"name": sweep.name, "reference": sweep.reference, "runs": members})
-    train(runs, args.binary, devices, args.jobs, interrupts)
+    train(runs, args.binary, devices, args.jobs, interrupts, deadline, configured_steps(path))
     if interrupts.count:
         print("stopped; the same command goes on from here")
         return 130
-    reported = write_report(folder)
-    return 1 if any(run.state != "done" for run in runs) or not reported else 0
+    left = [run for run in runs if run.state in ("waiting", "stopped")]
+    reported = write_report(folder) if len(left) < len(runs) else True
+    if left:
+        print(f"{len(left)} of {len(runs)} runs are left to do; the same command goes on from here")
+    if any(run.state in ("failed", "refused") for run in runs) or not reported:
+        return 1
+    return 3 if left else 0
 
 
 def main(argv):
@@ -384,6 +427,8 @@ def main(argv):
     parser.add_argument("--out", metavar="DIR", help="folder of the sweep [runs/NAME, NAME as in the file]")
     parser.add_argument("--devices", default="auto", help="auto, cpu, or a list such as cuda:0,cuda:1 [auto: every GPU, else cpu]")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on every device; on a GPU with run.memory_budget for each [1]")
+    parser.add_argument("--time-limit", type=float, default=math.inf, metavar="S",
+                        help="begin no run that would not be done S seconds from now, by the speed of finished ones; what still runs then saves and stops")
     parser.add_argument("--binary", default=os.path.join(ROOT, "train_loqt"), help="the program [./train_loqt]")
     parser.add_argument("--dry-run", action="store_true", help="check the file, list the runs with their planned memory, start nothing")
     args = parser.parse_args(argv[:split])
@@ -391,6 +436,8 @@ def main(argv):
     try:
         if args.jobs < 1:
             raise Mistake(f"--jobs {args.jobs}: must be at least 1")
+        if not args.time_limit > 0:
+            raise Mistake(f"--time-limit {args.time_limit:g}: must be positive")
         return run_sweep(args, argv[split + 1:], interrupts)
     except Mistake as error:
         print(f"sweep.py: {error}", file=sys.stderr)
