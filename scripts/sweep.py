@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Runs a sweep: every run of a JSON file as one ./train_loqt, on the GPUs at hand; continues where it stopped; ends with a table and a picture.
+"""Runs sweeps: every run of a JSON file as one ./train_loqt, on the GPUs at hand; continues where it stopped; ends with a table and a picture.
 
     python3 scripts/sweep.py sweeps/reduced/table1.json -- data.train=data/shards/mine data.val=data/shards/mine
     python3 scripts/sweep.py FILE.json --dry-run                    what would be run, and the memory it takes
     python3 scripts/sweep.py FILE.json --devices cuda:0,cuda:1
+    python3 scripts/sweep.py FIRST.json SECOND.json --time-limit 560     one after the other, and no GPU idle between them
 
 After -- come configuration keys for all runs: KEY=VALUE or --key value. docs/formats.md describes the file and the folder.
 Started again it goes on: finished runs are left alone, begun and failed ones resumed. First seeds come before second ones. Ctrl-C lets every run save; a
@@ -32,7 +33,7 @@ SCRIPTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(SCRIPTS)
 # Keys that change no result: they may differ when a run goes on.
 FREE_TO_CHANGE = re.compile(r"checkpoint\.|run\.(memory_budget|log_every)")
-SAME_SPEED = re.compile(r"checkpoint\.|optimizer\.lr|method\.scale|train\.(seed|steps)|run\.log_every")  # keys that a step takes no longer for
+SAME_SPEED = re.compile(r"checkpoint\.|eval\.|optimizer\.lr|method\.scale|train\.(seed|steps)|run\.log_every")  # keys that a step takes no longer for, or hardly
 POLL, PLAIN_PROGRESS = 0.2, 30.0  # seconds
 START_AND_END = 10.0  # seconds that a process takes beside its training, at most
 PR_SET_PDEATHSIG = 1
@@ -108,11 +109,13 @@ def words(options):
 class Run:
     """One run. state: waiting, running, done, failed, stopped, or refused, as its folder was made with other options."""
 
-    def __init__(self, planned, folder, config, config_hash, keep):
-        self.name, self.options, self.turn, self.keep = planned.name, planned.options, planned.turn, keep
-        self.folder = os.path.join(folder, self.name)
+    def __init__(self, planned, sweep, title):
+        self.name, self.title, self.options, self.turn, self.keep = planned.name, title, planned.options, planned.turn, sweep.keep
+        self.folder = os.path.join(sweep.folder, self.name)
         self.log, self.record = self.folder + ".log", self.folder + ".json"
-        self.made_with = {"config": config, "config_sha256": config_hash, "options": self.options}
+        self.made_with = {"config": sweep.config, "config_sha256": sweep.config_hash, "options": self.options}
+        self.steps = float(self.options.get("train.steps") or configured_steps(sweep.path) or 0)
+        self.what_counts_for_speed = (sweep.config, {key: value for key, value in self.options.items() if not SAME_SPEED.match(key)})
         self.state, self.detail, self.process, self.device = "waiting", "", None, None
         self.seconds_per_step = None  # of a finished run's last process, evaluations and merges included
 
@@ -214,7 +217,7 @@ class Display:
 
     def __init__(self, runs):
         self.runs, self.terminal, self.height = runs, sys.stdout.isatty(), 0
-        self.width = max(len(run.name) for run in runs)
+        self.width = max(len(run.title) for run in runs)
         self.said, self.last, self.note = {run: ("waiting", "") for run in runs}, time.monotonic(), ""
 
     def update(self, note):
@@ -231,7 +234,7 @@ class Display:
             shown = [run for run in self.runs if run.state in ("running", "failed", "refused")][:max(1, rows - 3)]
         states = [run.state for run in self.runs]
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        lines = [f"{run.name:<{self.width}}  {run.line()}" for run in shown] + [f"{counts}{'; ' if self.note else ''}{self.note}"]
+        lines = [f"{run.title:<{self.width}}  {run.line()}" for run in shown] + [f"{counts}{'; ' if self.note else ''}{self.note}"]
         print((f"\x1b[{self.height}F" if self.height else "") + "\x1b[J" + "\n".join(line[:columns - 1] for line in lines), flush=True)
         self.height = len(lines)
 
@@ -242,7 +245,7 @@ class Display:
         for run in self.runs:
             state = (run.state, run.device)
             if state != self.said[run] and run.state != "waiting" or due and run.state == "running":
-                print(f"{run.name}: {run.line()}", flush=True)
+                print(f"{run.title}: {run.line()}", flush=True)
             self.said[run] = state
 
 
@@ -307,14 +310,11 @@ def check_runs(sweep, runs, program, device, show):
             print(f"{run.name}: {plans[command]['total'] / 2**30:.2f} GiB, " + " ".join(f"{k}={v}" for k, v in run.options.items()))
 
 
-def expected_seconds(run, runs, base_steps):
-    """How long a run will take by the slowest finished one that differs in nothing that matters for speed, else by the slowest of all; None if none is finished."""
-    def what_counts(other):
-        return {key: value for key, value in other.options.items() if not SAME_SPEED.match(key)}
+def expected_seconds(run, runs):
+    """How long a run will take by the slowest finished one that differs in nothing that matters for speed, else by the slowest of all; 0 if none is finished."""
     timed = [other for other in runs if other.seconds_per_step]
-    steps = float(run.options.get("train.steps") or base_steps or 0)
-    timed = [other for other in timed if what_counts(other) == what_counts(run)] or timed
-    return max(other.seconds_per_step for other in timed) * steps + START_AND_END if timed and steps else None
+    timed = [other for other in timed if other.what_counts_for_speed == run.what_counts_for_speed] or timed
+    return max(other.seconds_per_step for other in timed) * run.steps + START_AND_END if timed else 0.0
 
 
 def wait_for_orphans(runs, interrupts):
@@ -327,13 +327,13 @@ def wait_for_orphans(runs, interrupts):
                 os.close(descriptor)
                 break
             if not said:
-                print(f"{run.name}: another process trains or saves there; waiting for it", flush=True)
+                print(f"{run.title}: another process trains or saves there; waiting for it", flush=True)
             said = True
             time.sleep(POLL)
 
 
-def train(runs, program, devices, jobs, interrupts, deadline, base_steps):
-    """Runs what waits, one process at a time for every slot; nothing that would not be done by the deadline (time.monotonic)."""
+def train(runs, program, devices, jobs, interrupts, deadline):
+    """Runs what waits, in order, one process at a time for every slot; nothing that would not be done by the deadline (time.monotonic)."""
     # Threads that spin while they wait for each other ruin the speed of a CPU that others use.
     environment = {"GOMP_SPINCOUNT": "1000", **os.environ}
     if devices == ["cpu"] and jobs > 1:
@@ -341,17 +341,16 @@ def train(runs, program, devices, jobs, interrupts, deadline, base_steps):
     display = Display(runs)
     slots, told = [device for _ in range(jobs) for device in devices], 0
     notes = ("", "runs save and stop; a second Ctrl-C kills them", "killed")
-    in_turn, changed = sorted(runs, key=lambda run: run.turn), True
+    changed = True
     while True:
         for run in runs:
             if run.process and run.poll():
                 slots.append(run.device)
                 changed = True
         left = deadline - time.monotonic()
-        for run in in_turn:
-            if changed and run.state == "waiting" and slots and not interrupts.count and left > 0:
-                if math.isinf(left) or (expected_seconds(run, runs, base_steps) or 0) <= left:
-                    run.start(program, slots.pop(0), environment)
+        for run in runs:
+            if changed and run.state == "waiting" and slots and not interrupts.count and left > 0 and expected_seconds(run, runs) <= left:
+                run.start(program, slots.pop(0), environment)
         changed = False
         stops = max(interrupts.count, 1 if left <= 0 else 0)
         display.update(notes[min(stops, 2)])
@@ -366,7 +365,7 @@ def train(runs, program, devices, jobs, interrupts, deadline, base_steps):
     if display.terminal:  # where the table cut them short
         for run in runs:
             if run.state in ("failed", "refused"):
-                print(f"{run.name}: {run.line()}")
+                print(f"{run.title}: {run.line()}")
 
 
 def write_report(folder):
@@ -377,45 +376,68 @@ def write_report(folder):
     return subprocess.run(command + (["-o", os.path.join(folder, "report.png")] if picture else [])).returncode == 0
 
 
-def run_sweep(args, overrides, interrupts):
-    deadline = time.monotonic() + args.time_limit
-    keys = known_keys(args.binary)
-    sweep = Sweep(args.file, keys, overrides)
-    path = config_file(sweep.config)
-    if not path:
-        raise Mistake(f"{args.file}: config: no file or preset {sweep.config}")
-    devices = find_devices(args.devices, args.binary)
-    if args.jobs > 1 and devices != ["cpu"] and any("run.memory_budget" not in run.options for run in sweep.runs):
-        raise Mistake(f"--jobs {args.jobs}: on a GPU every run takes what memory is free; give each its share, as with -- run.memory_budget=40GiB")
-    folder = args.out or os.path.join("runs", sweep.name)
-    new = [run for run in sweep.runs if not os.path.exists(os.path.join(folder, run.name, "config.json"))]
-    check_runs(sweep, sweep.runs if args.dry_run else new, args.binary, devices[0], args.dry_run)
-    if args.dry_run:
-        return 0
-    if os.path.exists(os.path.join(folder, "config.json")):
-        raise Mistake(f"{folder} holds a run, not a sweep; choose another --out")
-    os.makedirs(folder, exist_ok=True)
-    held = lock(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT)
+def read_sweep(file, args, keys, overrides):
+    """The sweep of a file, with where it goes (folder) and what it starts from (path, config_hash)."""
+    sweep = Sweep(file, keys, overrides)
+    sweep.path, sweep.folder = config_file(sweep.config), args.out or os.path.join("runs", sweep.name)
+    if not sweep.path:
+        raise Mistake(f"{file}: config: no file or preset {sweep.config}")
+    with open(sweep.path, "rb") as contents:
+        sweep.config_hash = hashlib.sha256(contents.read()).hexdigest()
+    if os.path.exists(os.path.join(sweep.folder, "config.json")):
+        raise Mistake(f"{sweep.folder} holds a run, not a sweep; choose another --out")
+    return sweep
+
+
+def occupy(sweep):
+    """Makes the sweep's folder and keeps others out; returns the lock."""
+    os.makedirs(sweep.folder, exist_ok=True)
+    held = lock(os.path.join(sweep.folder, ".lock"), os.O_RDWR | os.O_CREAT)
     if held is None:
-        raise Mistake(f"{folder} is in use by another sweep.py")
-    with open(path, "rb") as file:
-        config_hash = hashlib.sha256(file.read()).hexdigest()
-    runs = [Run(planned, folder, sweep.config, config_hash, sweep.keep) for planned in sweep.runs]
-    wait_for_orphans(runs, interrupts)
+        raise Mistake(f"{sweep.folder} is in use by another sweep.py")
+    return held
+
+
+def check_sweep(sweep, runs):
+    """Looks at what is there already, and tells report.py what to go by."""
     for run in runs:
         run.check()
-    # What report.py goes by. A refused run is none of this sweep's.
+    # A refused run is none of this sweep's.
     members = [{"name": planned.name, "group": planned.group} for planned, run in zip(sweep.runs, runs) if run.state != "refused"]
-    write_json(os.path.join(folder, "sweep.json"), {"name": sweep.name, "reference": sweep.reference, "runs": members})
-    train(runs, args.binary, devices, args.jobs, interrupts, deadline, configured_steps(path))
+    write_json(os.path.join(sweep.folder, "sweep.json"), {"name": sweep.name, "reference": sweep.reference, "runs": members})
+
+
+def run_sweeps(args, overrides, interrupts):
+    deadline = time.monotonic() + args.time_limit
+    keys = known_keys(args.binary)
+    sweeps = [read_sweep(file, args, keys, overrides) for file in args.files]
+    if len({os.path.abspath(sweep.folder) for sweep in sweeps}) < len(sweeps):
+        raise Mistake("two of the sweeps have the same folder; --out is for one file, and names differ")
+    devices = find_devices(args.devices, args.binary)
+    if args.jobs > 1 and devices != ["cpu"] and any("run.memory_budget" not in run.options for sweep in sweeps for run in sweep.runs):
+        raise Mistake(f"--jobs {args.jobs}: on a GPU every run takes what memory is free; give each its share, as with -- run.memory_budget=40GiB")
+    for sweep in sweeps:
+        new = [run for run in sweep.runs if args.dry_run or not os.path.exists(os.path.join(sweep.folder, run.name, "config.json"))]
+        check_runs(sweep, new, args.binary, devices[0], args.dry_run)
+    if args.dry_run:
+        return 0
+    locks = [occupy(sweep) for sweep in sweeps]  # held until the end
+    runs_of = {sweep: [Run(planned, sweep, f"{sweep.name}/{planned.name}" if len(sweeps) > 1 else planned.name) for planned in sweep.runs] for sweep in sweeps}
+    runs = [run for own in runs_of.values() for run in sorted(own, key=lambda run: run.turn)]
+    wait_for_orphans(runs, interrupts)
+    for sweep, own in runs_of.items():
+        check_sweep(sweep, own)
+    train(runs, args.binary, devices, args.jobs, interrupts, deadline)
     if interrupts.count:
         print("stopped; the same command goes on from here")
         return 130
-    left = [run for run in runs if run.state in ("waiting", "stopped")]
-    reported = write_report(folder) if len(left) < len(runs) else True
+    reported = [write_report(sweep.folder) for sweep, own in runs_of.items() if any(run.begun() for run in own)]
+    for descriptor in locks:
+        os.close(descriptor)
+    left = sum(run.state in ("waiting", "stopped") for run in runs)
     if left:
-        print(f"{len(left)} of {len(runs)} runs are left to do; the same command goes on from here")
-    if any(run.state in ("failed", "refused") for run in runs) or not reported:
+        print(f"{left} of {len(runs)} runs are left to do; the same command goes on from here")
+    if any(run.state in ("failed", "refused") for run in runs) or not all(reported):
         return 1
     return 3 if left else 0
 
@@ -423,8 +445,8 @@ def run_sweep(args, overrides, interrupts):
 def main(argv):
     split = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", metavar="FILE.json")
-    parser.add_argument("--out", metavar="DIR", help="folder of the sweep [runs/NAME, NAME as in the file]")
+    parser.add_argument("files", nargs="+", metavar="FILE.json")
+    parser.add_argument("--out", metavar="DIR", help="folder of the sweep, of one file [runs/NAME, NAME as in the file]")
     parser.add_argument("--devices", default="auto", help="auto, cpu, or a list such as cuda:0,cuda:1 [auto: every GPU, else cpu]")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on every device; on a GPU with run.memory_budget for each [1]")
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="S",
@@ -438,7 +460,7 @@ def main(argv):
             raise Mistake(f"--jobs {args.jobs}: must be at least 1")
         if not args.time_limit > 0:
             raise Mistake(f"--time-limit {args.time_limit:g}: must be positive")
-        return run_sweep(args, argv[split + 1:], interrupts)
+        return run_sweeps(args, argv[split + 1:], interrupts)
     except Mistake as error:
         print(f"sweep.py: {error}", file=sys.stderr)
     except OSError as error:

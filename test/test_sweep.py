@@ -34,12 +34,12 @@ def write_sweep(file_name, /, **fields):
 
 
 def start(file, *arguments):
-    return subprocess.Popen([sys.executable, SWEEP, file, "--devices", DEVICE, *arguments], cwd=program.folder, env=ENVIRONMENT, stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, SWEEP, "--devices", DEVICE, file, *arguments], cwd=program.folder, env=ENVIRONMENT, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True)
 
 
 def sweep(file, *arguments):
-    """(exit status, output)"""
+    """(output, exit status)"""
     process = start(file, *arguments)
     return process.communicate(timeout=300)[0], process.returncode
 
@@ -135,7 +135,7 @@ class FileTest(unittest.TestCase):
     def test_files_of_the_repository(self):
         """Every run of every file in sweeps/ is one that the program plans."""
         keys, plans = sweep_file.known_keys(program.PROGRAM), {}
-        files = [os.path.join(folder, name) for folder, _, names in os.walk(os.path.join(ROOT, "sweeps")) for name in names]
+        files = [os.path.join(folder, name) for folder, _, names in os.walk(os.path.join(ROOT, "sweeps")) for name in names if name.endswith(".json")]
         self.assertTrue(files)
         for file in files:
             parsed = sweep_file.Sweep(file, keys)
@@ -146,6 +146,23 @@ class FileTest(unittest.TestCase):
                         plans[parsed.config, options] = program.program("--config", parsed.config, *options, "--plan", "--run.device", "cuda", "--memory_budget", "80GiB")
                     result = plans[parsed.config, options]
                     self.assertEqual(result.returncode, 0, result.stderr)
+
+
+    def test_same_memory(self):
+        """What memory.json says of both sizes: nearly the same for weights, gradients and moments, and never less for full."""
+        keys = sweep_file.known_keys(program.PROGRAM)
+
+        def needed(config, options):
+            result = program.program("--config", config, *(f"--{key}={value}" for key, value in options.items()), "--plan", "--json", "--run.device", "cuda", "--micro_batch", 64,
+                                     "--memory_budget", "80GiB")
+            plan = json.loads(result.stdout)
+            return plan["weights_and_optimizer_bytes"] + plan["gradients_bytes"]
+        for name in ("memory.json", "reduced/memory.json"):
+            parsed = sweep_file.Sweep(os.path.join(ROOT, "sweeps", name), keys)
+            options = {run.group: run.options for run in parsed.runs}
+            for other, method in (("loqt_in-fulls-memory", "full"), ("full_in-loqts-memory", "loqt")):
+                share = needed(parsed.config, options[other]) / needed(parsed.config, {"method.name": method})
+                self.assertTrue(0.97 < share <= 1 if method == "full" else 1 <= share < 1.03, f"{name}: {other} {share}")
 
 
 class SweepTest(unittest.TestCase):
@@ -252,14 +269,36 @@ class SweepTest(unittest.TestCase):
 
     def test_expected_seconds(self):
         """By the slowest run that differs in nothing but what a step takes no longer for, else by the slowest."""
-        def run(speed=None, **options):
-            return types.SimpleNamespace(options={key.replace("__", "."): value for key, value in options.items()}, seconds_per_step=speed)
+        with open(path("base.json"), "w") as file:
+            json.dump({"train": {"steps": 1000}}, file)
+        sweep_of = types.SimpleNamespace(keep="metrics", folder=path(), config="base.json", config_hash="", path=path("base.json"))
+
+        def run(speed=None, sweep=sweep_of, **options):
+            planned = sweep_file.PlannedRun("run", "run", {key.replace("__", "."): value for key, value in options.items()}, 0)
+            made = sweep_script.Run(planned, sweep, "run")
+            made.seconds_per_step = speed
+            return made
         runs = [run(0.1, method__rank="8", optimizer__lr="1"), run(0.2, method__rank="8", optimizer__lr="2"), run(0.5, method__rank="64"), run()]
         expected = sweep_script.expected_seconds
-        self.assertAlmostEqual(expected(run(method__rank="8", optimizer__lr="3", train__steps="50"), runs, 1000), 20.0)
-        self.assertAlmostEqual(expected(run(method__rank="16"), runs, 1000), 510.0)
-        self.assertIsNone(expected(run(method__rank="16"), runs, None))
-        self.assertIsNone(expected(run(), [run()], 1000))
+        self.assertAlmostEqual(expected(run(method__rank="8", optimizer__lr="3", train__steps="50"), runs), 20.0)
+        self.assertAlmostEqual(expected(run(method__rank="16"), runs), 510.0)
+        self.assertAlmostEqual(expected(run(sweep=types.SimpleNamespace(**{**vars(sweep_of), "config": "larger.json"}), method__rank="8"), runs), 510.0)
+        self.assertEqual(expected(run(), [run()]), 0.0)
+
+    def test_several_files(self):
+        """Each into its own folder, in order."""
+        files = [write_sweep(name, seeds=[1], options={"steps": 3}, keep="metrics") for name in ("one", "two")]
+        text, status = sweep(*files)
+        self.assertEqual(status, 0, text)
+        begins = [json.loads(program.read_text("runs", name, "seed-1", "metrics.jsonl").split("\n")[0])["time"] for name in ("one", "two")]
+        self.assertEqual(begins, sorted(begins))
+        for name in ("one", "two"):
+            self.assertIn(f"{name}/seed-1: done", text)
+            self.assertIn(f"| {name} |", program.read_text("runs", name, "report.md"))
+        for arguments, word in (((*files, "--out", "x"), "--out is for one file"), ((files[0], files[0]), "same folder"), ((files[0], "nowhere.json"), "nowhere.json")):
+            text, status = sweep(*arguments)
+            self.assertEqual((status, len(text.splitlines())), (2, 1), text)
+            self.assertIn(word, text)
 
     def test_run_that_still_saves(self):
         """After a sweep was killed its last run may not have left yet: it is waited for, not failed."""
