@@ -254,18 +254,20 @@ class SweepTest(unittest.TestCase):
         """A run that takes longer than the limit saves and stops, and goes on next time; without its checkpoint it begins anew."""
         for carried in (True, False):
             out = f"late-{carried}"
-            file = write_sweep(out, seeds=[1], options={"steps": 400, "checkpoint.every": 0})
-            text, status = sweep(file, "--out", out, "--time-limit", "1.5")
+            file = write_sweep(out, seeds=[1], options={"steps": 100000, "checkpoint.every": 0, "eval.every": 0}, keep="metrics")
+            text, status = sweep(file, "--out", out, "--time-limit", "3")
             self.assertEqual(status, 3, text)
             self.assertIn("seed-1: stopped", text)
+            self.assertIn("1 of 1 runs are left to do", text)
             done = count(f"{out}/seed-1", "train")
-            self.assertTrue(0 < done < 400)
+            self.assertTrue(0 < done < 100000)
+            self.assertEqual(program.checkpoints(f"{out}/seed-1"), [f"step-{done:08d}.safetensors"])
             if not carried:
                 shutil.rmtree(path(out, "seed-1", "checkpoints"))
-            text, status = sweep(file, "--out", out)
-            self.assertEqual(status, 0, text)
-            self.assertEqual(count(f"{out}/seed-1", "train"), 400 + (0 if carried else done))
-            self.assertIn("step-00000400.safetensors", os.listdir(path(out, "seed-1", "checkpoints")))
+            text, status = sweep(file, "--out", out, "--time-limit", "3")
+            self.assertEqual(status, 3, text)
+            self.assertEqual(steps(f"{out}/seed-1", "resume"), [done if carried else 0])
+            self.assertGreater(count(f"{out}/seed-1", "train"), done)
 
     def test_expected_seconds(self):
         """By the slowest run that differs in nothing but what a step takes no longer for, else by the slowest."""
