@@ -14,8 +14,8 @@ Runs that differ only in the seed make one row:
   tokens/s       median of the steps without a merge; of several runs the median
   planned, peak  memory, the largest of the runs
   merges, s/merge  merges (restarts, refreshes) of a run, and what the median merge adds to its step; that of the first step is left out
-  merge jump     by how many nats the training loss is higher in the ten steps after a merge than in the ten before, what it does halfway between merges
-                 taken off; mean ± standard error over the merges but the first, all seeds together
+  merge jump     by how many nats the training loss is higher in the ten steps after a merge than in the ten before, less what it does in the 20 steps
+                 on either side, where nothing is merged; mean ± standard error over the merges but the first, all seeds together
   skipped        steps left out as not finite, all seeds together
   spikes         steps after the warm-up whose loss exceeds the median of the 50 before by more than 0.5 nats, all seeds together
 Of a page, Markdown with blocks

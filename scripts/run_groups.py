@@ -44,8 +44,8 @@ def count_spikes(steps, warmup):
 
 
 def merge_jumps(steps, merges):
-    """By how much the loss is higher after each merge than before, what it does halfway to the merges on either side taken off: mean of the (at most ten)
-    steps after less mean of as many before. Those without all their steps, as the first merge, are left out."""
+    """By how much the loss is higher after each merge than before, mean of the (at most ten) steps after less mean of as many before, and what it does
+    right before and after that, where nothing is merged, taken off. Merges without all these steps, as the first, are left out."""
     losses = {step["step"]: step["loss"] for step in steps if step["loss"] is not None}
     last = max(losses, default=0)
 
@@ -56,7 +56,7 @@ def merge_jumps(steps, merges):
     jumps = []
     for before, step, after in zip([0, *merges], merges, [*merges[1:], last]):
         window = min(JUMP_WINDOW, (step - before) // 4, (after - step) // 4)
-        rises = [rise(at, window) for at in (step, (before + step) // 2, (step + after) // 2)] if window > 0 else [None]
+        rises = [rise(at, window) for at in (step, step - 2 * window, step + 2 * window)] if window > 0 else [None]
         if None not in rises:
             jumps.append(rises[0] - (rises[1] + rises[2]) / 2)
     return jumps

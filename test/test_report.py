@@ -123,7 +123,9 @@ class ReportTest(unittest.TestCase):
         self.assertEqual(len(found), 3)
         for got in found:
             self.assertAlmostEqual(got, 0.25)
-        self.assertAlmostEqual(jumps(lambda step: 7.0 + (step > 170), [0, 100, 200])[0], 0)  # elsewhere: none of a merge's
+        self.assertAlmostEqual(jumps(lambda step: 7.0 + (step > 150), [0, 100, 200])[0], 0)  # elsewhere: none of a merge's
+        for got in jumps(lambda step: 8 * step**-0.15, [0, 100, 201, 302]):  # a curve that falls as losses do
+            self.assertLess(abs(got), 0.004)
         self.assertEqual(jumps(lambda step: None if step == 105 else 7.0, [0, 100, 201]), [0.0])
         self.assertEqual(jumps(lambda step: 7.0, [0, 2]), [])  # no room for a window
         self.assertEqual(run_groups.merge_jumps([], [0, 3]), [])
