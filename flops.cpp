@@ -90,7 +90,7 @@ double machine_flops_per_token(const Config& c) {
 //                    matrix then reaches 250 of them with 256 rows (measured: 211), 510 with 1,280 (533), 670 with 16,384 (697).
 // A CPU moves its bytes for less and begins at once. The optimizer's step costs the same whatever is chosen.
 double cost_per_token(const Config& c, DeviceKind kind, int workers) {
-    const bool cuda = kind == DeviceKind::cuda, nf4 = method_policy(c).quantized;
+    const bool cuda = kind == DeviceKind::cuda, nf4 = method_policy(c).quantized, trains_p = method_policy(c).trains_p;
     const double per_byte = cuda ? 180 : 5, per_operation = cuda ? 4e9 : 1e5, element = cuda ? 2 : 4;
     const double h = double(c.model.hidden), f = double(c.model.intermediate), kv = double(c.kv_heads() * c.model.head_dim()), layers = double(c.model.layers);
     const double repeated = again(c) ? (layers - 1) / layers : 0;  // share of the forward pass that is run again
@@ -113,6 +113,7 @@ double cost_per_token(const Config& c, DeviceKind kind, int workers) {
         }
         bytes += gradient * m.rank * wide;
         begun += 2;  // P, and its product with x or dy for the gradient of B
+        if (trains_p) bytes += gradient * m.rank * narrow, begun += 2;  // the same with B for the gradient of P
         // NF4 is half a byte and becomes an element; W_eff gets P·B added, to W where that is stored as it is needed.
         if (nf4) bytes += made * (0.516 + element) * (m.size() + (method_policy(c).quantized_p ? m.rank * narrow : 0)), begun += 2 * made;
         if (!factored(c)) bytes += made * (nf4 ? 2 : 4) * element * m.size(), begun += made;

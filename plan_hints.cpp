@@ -1,5 +1,6 @@
 // What the plan may choose from, and what it advises where nothing of that fits. See plan_options.h.
 #include <algorithm>
+#include <initializer_list>
 
 #include "parameter.h"
 #include "plan_options.h"
@@ -90,8 +91,9 @@ std::vector<Change> memory_savers(const Config& config, DeviceKind kind, bool re
     offer(cuda && low_rank && config.train.gradients != "int8" && !per_layer, {{"train.gradients", "int8"}});
     offer(embedding == "fp32", {{"optimizer.embedding_moments", "bf16"}});
     // From here on what is trained changes, and not only how it is kept.
+    const bool ranked = config.method.name != "full";
     int64_t rank = config.method.rank / 2;
-    for (int i = 0; i < 2 && rank >= 16; ++i, rank /= 2) offer(low_rank, {{"method.rank", std::to_string(rank)}});
+    for (int i = 0; i < 2 && rank >= 16; ++i, rank /= 2) offer(ranked, {{"method.rank", std::to_string(rank)}});
     for (int64_t batch = per_layer ? config.train.batch / 2 : config.train.batch; batch >= 1; batch /= 2) {
         if (batch % config.world_size) break;
         Change change{{"train.batch", std::to_string(batch)}};
@@ -100,7 +102,7 @@ std::vector<Change> memory_savers(const Config& config, DeviceKind kind, bool re
         if (config.optimizer.clip > 0) change.push_back({"optimizer.clip", "0"});
         changes.push_back(change);
     }
-    for (; rank >= 16; rank /= 2) offer(low_rank, {{"method.rank", std::to_string(rank)}});
+    for (; rank >= 16; rank /= 2) offer(ranked, {{"method.rank", std::to_string(rank)}});
     offer(embedding != "int8", {{"optimizer.embedding_moments", "int8"}});
     for (int64_t length = config.train.seq_len / 2; length >= 64; length /= 2) offer(true, {{"train.seq_len", std::to_string(length)}});
     if (resumed) changes.erase(std::remove_if(changes.begin(), changes.end(), [&](const Change& change) { return !allowed_for_resume(config, change); }), changes.end());
@@ -126,14 +128,17 @@ template <class Fits> std::vector<Change> milder(const std::vector<Change>& chan
 std::string what_would_fit(const Config& config, DeviceKind kind, int64_t budget, bool resumed) {
     auto fits = [&](const std::vector<Change>& changes) { return can_fit(with(config, changes), kind, budget); };
     std::vector<Change> savers = memory_savers(config, kind, resumed), applied;
-    // What only changes how numbers are kept, all of it, comes before what changes what is trained.
-    const auto first_drastic = std::find_if(savers.begin(), savers.end(), [](const Change& change) {
-        const std::string& key = change.back().key;
-        return key == "train.batch" || key == "optimizer.clip" || key == "method.rank" || key == "train.seq_len";
-    });
+    auto first_of = [&](std::initializer_list<const char*> keys) {
+        return std::find_if(savers.begin(), savers.end(), [&](const Change& change) { return std::find(keys.begin(), keys.end(), change.back().key) != keys.end(); });
+    };
+    // What only changes how numbers are kept, all of it, comes before what changes what is trained; galore's own rank before another method, that before another batch.
+    const auto drastic = first_of({"train.batch", "optimizer.clip", "method.rank", "train.seq_len"});
+    const auto before_method = config.low_rank() || resumed ? savers.end() : first_of({"train.batch", "optimizer.clip", "train.seq_len"});
+    std::vector<std::vector<Change>::iterator> ends = {drastic, before_method, savers.end()};
+    ends.erase(std::unique(ends.begin(), ends.end()), ends.end());
     const std::string fits_with = "it fits with";
     auto begin = savers.begin();
-    for (auto end : {first_drastic, savers.end()}) {
+    for (auto end : ends) {
         for (auto change = begin; change != end; ++change)
             if (fits({*change})) return fits_with + option_text({*change});
         for (auto change = begin; change != end; ++change) {
@@ -145,7 +150,7 @@ std::string what_would_fit(const Config& config, DeviceKind kind, int64_t budget
             return fits_with + option_text(applied);
         }
         begin = end;
-        if (config.low_rank() || resumed || end == savers.end()) continue;
+        if (config.low_rank() || resumed || end != before_method) continue;
         // A method that trains W in full: this is what LoQT is for.
         const Change loqt{{"method.name", "loqt"}};
         if (fits({loqt})) return fits_with + option_text({loqt});

@@ -175,7 +175,7 @@ json measure(const Options& options, Config config) {
         plain = median(times);
         double rate = double(config.train.batch * config.train.seq_len) / plain;
         result = {{"device", device->name()}, {"gpu", device->is_cuda()}, {"method", config.method.name}, {"parameters", parameter_count(config)},
-                  {"rank", config.low_rank() ? config.method.rank : 0}, {"batch", config.train.batch}, {"seq_len", config.train.seq_len},
+                  {"rank", config.method.name == "full" ? 0 : config.method.rank}, {"batch", config.train.batch}, {"seq_len", config.train.seq_len},
                   {"micro_batch", config.train.micro_batch}, {"effective_weights", config.train.effective_weights},
                   {"planned_bytes", plan.total}, {"peak_bytes", device->process_peak_bytes()}, {"loss", run.loss()},
                   {"product_flops", product_flops}, {"copy_bytes_per_s", copy_rate}, {"peak_flops", peak.flops}, {"peak_source", peak.source},

@@ -271,6 +271,9 @@ void validate_config(Config& c) {
         require(c.method.name != "galore" || c.optimizer.rounding != "master",
                 "optimizer.rounding: master keeps what Adam's own updates lose, and galore's are not Adam's own; use stochastic or nearest");
         positive("method.merge_gap", c.method.merge_gap);
+        require(c.method.name != "relora" || c.method.relora_warmup < c.method.merge_gap,
+                format("method.relora_warmup: got %lld, must be below method.merge_gap %lld, else the next restart comes before the rate has risen; lower it or raise merge_gap",
+                       (long long)c.method.relora_warmup, (long long)c.method.merge_gap));
         require(c.method.merge_growth == 0 || c.method.merge_growth >= 1, "method.merge_growth: must be 0 (fixed gap) or at least 1");
         require(c.method.max_gap == 0 || c.method.max_gap >= c.method.merge_gap, "method.max_gap: must be 0 or at least method.merge_gap");
     }

@@ -3,6 +3,7 @@
 
     python3 scripts/report.py runs/full runs/loqt -o loss.png
     python3 scripts/report.py --sweep runs/table1 --csv table1.csv --at-seconds 60
+    python3 scripts/report.py --page docs/experiments.md
 
 Runs that differ only in the seed make one row:
   perplexity     of the last evaluation, exp(loss), mean ± standard error over the seeds. Runs that came less far than others of their row do not
@@ -13,14 +14,28 @@ Runs that differ only in the seed make one row:
   tokens/s       median of the steps without a merge; of several runs the median
   planned, peak  memory, the largest of the runs
   merges, s/merge  merges (restarts, refreshes) of a run, and what the median merge adds to its step; that of the first step is left out
+  merge jump     by how many nats the training loss is higher in the ten steps after a merge than in the ten before, less what it does in the 20 steps
+                 on either side, where nothing is merged; mean ± standard error over the merges but the first, all seeds together
   skipped        steps left out as not finite, all seeds together
   spikes         steps after the warm-up whose loss exceeds the median of the 50 before by more than 0.5 nats, all seeds together
+Of a page, Markdown with blocks
+
+    <!-- report: ARGUMENTS -->
+    <!-- end of report -->
+
+--page makes every block anew: what stands between the two lines becomes the table for these arguments, which are the ones above (paths seen from the current
+folder, patterns such as runs/*/loqt* too), how many runs on which device, and the picture of -o. Text outside the blocks is left alone; unless all can be
+made, nothing is written.
+
 Picture (needs matplotlib): training loss, smoothed, mean over the seeds, with a band from the lowest to the highest; evaluations as dots; merges as ticks.
 """
 import argparse
 import csv
+import glob
 import json
 import os
+import re
+import shlex
 import statistics
 import sys
 
@@ -29,6 +44,7 @@ from run_groups import Group, Run, group_runs
 # Of Okabe and Ito, told apart by colour-blind people; the yellow is too pale for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 LINES = ("-", "--", ":", "-.")
+BLOCK_END = "<!-- end of report -->"
 AXES = {"steps": "step", "tokens": "training tokens", "seconds": "seconds of training"}
 
 
@@ -40,12 +56,12 @@ def gib(size):
     return f"{size / 2**30:.2f} GiB"
 
 
-def plus_minus(mean, error):
-    return "-" if mean is None else f"{mean:.2f}" + ("" if error is None else f" ± {error:.2f}")
+def plus_minus(mean, error, digits=2, sign=""):
+    return "-" if mean is None else f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def markdown(groups, reference, at_seconds):
-    """The table; columns that say nothing of any run are left out."""
+def markdown(groups, reference, at_seconds, wanted=None):
+    """The table; columns that say nothing of any run are left out. wanted: names of the columns beside the run's, in their order; else all."""
     columns = {
         "run": [g.label for g in groups],
         "method": [g.method for g in groups],
@@ -61,9 +77,15 @@ def markdown(groups, reference, at_seconds):
         "peak": [known(g.peak, gib) for g in groups],
         "merges": [str(g.merges) for g in groups],
         "s/merge": [known(g.merge_seconds, ".2f") for g in groups],
+        "merge jump": [plus_minus(g.merge_jump, g.merge_jump_error, 3, "+") for g in groups] if any(g.merge_jump is not None for g in groups) else [],
         "skipped": [str(g.skipped) for g in groups],
         "spikes": [str(g.spikes) for g in groups],
     }
+    if wanted:
+        unknown = [name for name in wanted if name not in columns]
+        if unknown:
+            raise ValueError(f"--columns: no column \"{unknown[0]}\"; there are {', '.join(columns)}")
+        columns = {name: columns[name] for name in ["run", *(name for name in wanted if name != "run")]}
     columns = {name: cells for name, cells in columns.items() if cells}
     rows = [columns, ["---"] * len(columns), *zip(*columns.values())]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
@@ -75,12 +97,12 @@ def write_csv(groups, reference, at_seconds, path):
         table = csv.writer(file)
         table.writerow(["run", "method", "seeds", "runs", "step", "steps", "tokens", "eval_step", "loss", "loss_error", "perplexity", "perplexity_error",
                         "reference", "ratio", "at_seconds", "perplexity_at", "perplexity_at_error", "tokens_per_s", "training_seconds", "planned_bytes",
-                        "peak_bytes", "merges", "merge_seconds", "skipped", "spikes"])
+                        "peak_bytes", "merges", "merge_seconds", "merge_jump", "merge_jump_error", "skipped", "spikes"])
         for g in groups:
             at = g.perplexity_at(at_seconds) if at_seconds else (None, None)
             table.writerow([g.label, g.method, len(g.losses), g.planned_runs, g.step, g.step_limit, round(g.step * g.tokens_per_step), g.eval_step, g.loss,
                             g.loss_error, g.perplexity, g.perplexity_error, reference.label if reference else None, g.ratio_to(reference), at_seconds, *at,
-                            g.rate, g.seconds, g.planned, g.peak, g.merges, g.merge_seconds, g.skipped, g.spikes])
+                            g.rate, g.seconds, g.planned, g.peak, g.merges, g.merge_seconds, g.merge_jump, g.merge_jump_error, g.skipped, g.spikes])
 
 
 def smoothed(values, window):
@@ -175,46 +197,109 @@ def find_reference(groups, name):
     return same[0] if len(same) == 1 else None
 
 
+def parser(kind=argparse.ArgumentParser):
+    options = kind(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("runs", nargs="*", metavar="RUN_DIR")
+    options.add_argument("--sweep", metavar="DIR", help="all runs of a folder that sweep.py made, as it groups them")
+    options.add_argument("-o", "--output", metavar="FILE.png", help="draw the curves into this file; .svg works too")
+    options.add_argument("--x", choices=AXES, default="steps", help="what the picture's x axis shows [steps]")
+    options.add_argument("--csv", metavar="FILE", help="write all figures, unrounded, into this file")
+    options.add_argument("--markdown", metavar="FILE", help="write the table into this file too")
+    options.add_argument("--page", metavar="FILE", help="make the tables and pictures of this page anew")
+    options.add_argument("--columns", metavar="NAME,NAME", help="only these columns, in this order [all]")
+    options.add_argument("--reference", metavar="NAME", help="the row, or the method, that ratio compares with [the sweep's, or full]")
+    options.add_argument("--best", action="store_true", help="of every method only the row with the lowest perplexity: each at its own best learning rate")
+    options.add_argument("--at-seconds", type=float, metavar="S", help="a column with the perplexity after S seconds of training")
+    return options
+
+
+def report(args):
+    """([Group], the table); writes the files that were asked for. Raises ValueError for what cannot be."""
+    if bool(args.runs) == bool(args.sweep):
+        raise ValueError("give run directories, or --sweep DIR")
+    groups, name = read_sweep(args.sweep) if args.sweep else (group_runs([Run(run) for run in args.runs]), None)
+    if not groups:
+        raise ValueError(f"{args.sweep}: no run has begun")
+    if args.best:
+        groups = best_of_methods(groups) or groups
+    reference = find_reference(groups, args.reference or name or "full")
+    if args.reference and not reference:
+        raise ValueError(f"--reference {args.reference}: no row has this name, and not exactly one this method")
+    table = markdown(groups, reference, args.at_seconds, args.columns.split(",") if args.columns else None)
+    if args.markdown:
+        with open(args.markdown, "w", encoding="utf-8") as file:
+            file.write(table)
+    if args.csv:
+        write_csv(groups, reference, args.at_seconds, args.csv)
+    if args.output:
+        draw(groups, args.x, args.output)
+    return groups, table
+
+
+class BlockParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def block(arguments, page):
+    """What stands in a block of a page: table, where it comes from, picture."""
+    args = parser(BlockParser).parse_args(shlex.split(arguments))
+    if args.page:
+        raise ValueError("a page within a page")
+    # What a pattern does not find stays as it is, to be complained about.
+    args.runs = [path for pattern in args.runs for path in sorted(glob.glob(pattern)) or [pattern]]
+    groups, table = report(args)
+    runs = [run for group in groups for run in group.runs]
+    text = f"{table}\n{len(runs)} run{'s' if len(runs) > 1 else ''} on {', '.join(sorted({run.device for run in runs}))}.\n"
+    if args.output:
+        text += f"\n![Loss curves]({os.path.relpath(args.output, os.path.dirname(page) or '.')})\n"
+    return text
+
+
+def make_page(path):
+    """Puts every block's table where it belongs. Raises ValueError, and leaves the page alone, if one cannot be made."""
+    with open(path, encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    made, opened = [], None
+    for number, line in enumerate(lines, 1):
+        begin = re.fullmatch(r"<!-- report: (.*) -->", line)
+        if begin and opened or line == BLOCK_END and not opened:
+            raise ValueError(f"{path}: line {number}: " + (f"the block of line {opened} has no \"{BLOCK_END}\"" if begin else "ends a block that did not begin"))
+        if begin:
+            opened = number
+            try:
+                made += [line, *block(begin[1], path).split("\n")]
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{path}: line {number}: {reason(error)}")
+        if line == BLOCK_END:
+            opened = None
+        if not opened:
+            made.append(line)
+    if opened:
+        raise ValueError(f"{path}: the block of line {opened} has no \"{BLOCK_END}\"")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\n".join(made))
+    return sum(line.startswith("<!-- report: ") for line in made)
+
+
+def reason(error):
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN_DIR")
-    parser.add_argument("--sweep", metavar="DIR", help="all runs of a folder that sweep.py made, as it groups them")
-    parser.add_argument("-o", "--output", metavar="FILE.png", help="draw the curves into this file; .svg works too")
-    parser.add_argument("--x", choices=AXES, default="steps", help="what the picture's x axis shows [steps]")
-    parser.add_argument("--csv", metavar="FILE", help="write all figures, unrounded, into this file")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table into this file too")
-    parser.add_argument("--reference", metavar="NAME", help="the row, or the method, that ratio compares with [the sweep's, or full]")
-    parser.add_argument("--best", action="store_true", help="of every method only the row with the lowest perplexity: each at its own best learning rate")
-    parser.add_argument("--at-seconds", type=float, metavar="S", help="a column with the perplexity after S seconds of training")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     try:
-        if bool(args.runs) == bool(args.sweep):
-            raise ValueError("give run directories, or --sweep DIR")
-        groups, name = read_sweep(args.sweep) if args.sweep else (group_runs([Run(run) for run in args.runs]), None)
-        if not groups:
-            raise ValueError(f"{args.sweep}: no run has begun")
-        if args.best:
-            groups = best_of_methods(groups) or groups
-        reference = find_reference(groups, args.reference or name or "full")
-        if args.reference and not reference:
-            raise ValueError(f"--reference {args.reference}: no row has this name, and not exactly one this method")
-        table = markdown(groups, reference, args.at_seconds)
-        print(table, end="")
-        if args.markdown:
-            with open(args.markdown, "w", encoding="utf-8") as file:
-                file.write(table)
-        if args.csv:
-            write_csv(groups, reference, args.at_seconds, args.csv)
-        if args.output:
-            draw(groups, args.x, args.output)
+        if args.page:
+            if (args.runs, args.sweep) != ([], None):
+                raise ValueError("--page: the runs stand in the page's own blocks")
+            print(f"{args.page}: {make_page(args.page)} blocks made anew")
+        else:
+            print(report(args)[1], end="")
     except ImportError as error:
         print(f"report.py: {error}; -o needs it: python3 -m pip install matplotlib", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"report.py: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"report.py: {error}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(f"report.py: {reason(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -8,6 +8,7 @@ import statistics
 from summary import read_events
 
 SPIKE_NATS, SPIKE_WINDOW, SPIKE_LEAST = 0.5, 50, 10
+JUMP_WINDOW = 10
 # Keys that leave the training and its evaluations as they are.
 NO_DIFFERENCE = re.compile(r"train\.seed|run\.(dir|device|memory_budget|log_every)|checkpoint\.")
 
@@ -42,6 +43,25 @@ def count_spikes(steps, warmup):
     return count
 
 
+def merge_jumps(steps, merges):
+    """By how much the loss is higher after each merge than before, mean of the (at most ten) steps after less mean of as many before, and what it does
+    right before and after that, where nothing is merged, taken off. Merges without all these steps, as the first, are left out."""
+    losses = {step["step"]: step["loss"] for step in steps if step["loss"] is not None}
+    last = max(losses, default=0)
+
+    def rise(step, window):  # a line says the loss before its update, which comes before the merge
+        after, before = ([losses.get(line) for line in range(begin, begin + window)] for begin in (step + 2, step + 2 - window))
+        return None if None in after + before else statistics.fmean(after) - statistics.fmean(before)
+
+    jumps = []
+    for before, step, after in zip([0, *merges], merges, [*merges[1:], last]):
+        window = min(JUMP_WINDOW, (step - before) // 4, (after - step) // 4)
+        rises = [rise(at, window) for at in (step, step - 2 * window, step + 2 * window)] if window > 0 else [None]
+        if None not in rises:
+            jumps.append(rises[0] - (rises[1] + rises[2]) / 2)
+    return jumps
+
+
 def training_seconds(steps):
     """Seconds of training, evaluations and checkpoints left out, up to each line. Steps without a line count as the next line's."""
     total, last, sums = 0.0, 0, []
@@ -62,6 +82,7 @@ class Run:
         self.steps, self.evals, self.merges = events.get("train", []), events.get("eval", []), events.get("merge", [])
         starts = sorted(events.get("start", []) + events.get("resume", []), key=lambda e: e["time"])
         self.method = starts[-1]["method"] if starts else "-"
+        self.device = starts[-1].get("device", "an unnamed device") if starts else "an unnamed device"
         self.planned = starts[-1]["planned_bytes"] if starts else None
         self.seed = self.config.get("train.seed")
         self.step = self.steps[-1]["step"] if self.steps else 0
@@ -75,6 +96,7 @@ class Run:
         # What a merge costs is what its step takes longer. The first step is slow for other reasons too.
         usual_ms = statistics.median(s["step_ms"] for s in usual) if usual else 0.0
         self.merge_seconds = [(s["step_ms"] - usual_ms) * 1e-3 for s in self.steps if s["step"] in merged and s["step"] > 1] if usual else []
+        self.merge_jumps = merge_jumps(self.steps, [m["step"] for m in self.merges])
         self.skipped = self.steps[-1].get("skipped", 0) if self.steps else 0
         self.spikes = count_spikes(self.steps, self.config.get("optimizer.warmup_ratio", 0.1) * self.step_limit)
         self.step_axis = [0] + [s["step"] for s in self.steps]
@@ -124,6 +146,7 @@ class Group:
         self.merges = max(len(r.merges) for r in runs)
         merge_seconds = [s for r in runs for s in r.merge_seconds]
         self.merge_seconds = statistics.median(merge_seconds) if merge_seconds else None
+        self.merge_jump, self.merge_jump_error = mean_and_error([jump for r in runs for jump in r.merge_jumps])
         self.seconds = statistics.fmean(r.seconds[-1] for r in runs)
         self.skipped, self.spikes = sum(r.skipped for r in runs), sum(r.spikes for r in runs)
 

@@ -1,20 +1,21 @@
 #!/usr/bin/env python3
-"""Runs a sweep: every run of a JSON file as one ./train_loqt, on the GPUs at hand; continues where it stopped; ends with a table and a picture.
+"""Runs sweeps: every run of a JSON file as one ./train_loqt, on the GPUs at hand; continues where it stopped; ends with a table and a picture.
 
     python3 scripts/sweep.py sweeps/reduced/table1.json -- data.train=data/shards/mine data.val=data/shards/mine
     python3 scripts/sweep.py FILE.json --dry-run                    what would be run, and the memory it takes
     python3 scripts/sweep.py FILE.json --devices cuda:0,cuda:1
+    python3 scripts/sweep.py FIRST.json SECOND.json --time-limit 560     one after the other, and no GPU idle between them
 
 After -- come configuration keys for all runs: KEY=VALUE or --key value. docs/formats.md describes the file and the folder.
-Started again it goes on: finished runs are left alone, begun and failed ones resumed. Ctrl-C lets every run save; a second one, a second or more later,
-kills them. Exit status: 0, 1 if a run failed, 2 for a mistake (then nothing was started), 130 if interrupted.
+Started again it goes on: finished runs are left alone, begun and failed ones resumed. First seeds come before second ones. Ctrl-C lets every run save; a
+second one, a second or more later, kills them. Exit status: 0, 1 if a run failed, 2 for a mistake (then nothing was started), 3 if runs
+are left to do for want of time, 130 if interrupted.
 """
 import argparse
-import ctypes
-import fcntl
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -24,54 +25,12 @@ import sys
 import time
 
 from sweep_file import Mistake, Sweep, known_keys
+from sweep_run import Run, lock, words, write_json
 
 SCRIPTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(SCRIPTS)
-# Keys that change no result: they may differ when a run goes on.
-FREE_TO_CHANGE = re.compile(r"checkpoint\.|run\.(memory_budget|log_every)")
 POLL, PLAIN_PROGRESS = 0.2, 30.0  # seconds
-PR_SET_PDEATHSIG = 1
-LIBC = ctypes.CDLL(None)
-
-
-def lock(path, flags=os.O_RDONLY):
-    """The descriptor that holds the lock on a file or folder; None if another process does."""
-    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:
-        pass  # a file system without locks cannot tell
-    return descriptor
-
-
-def write_json(path, value):
-    """Whole or not at all."""
-    with open(path + ".new", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-    os.replace(path + ".new", path)
-
-
-def read_json(path):
-    """None where there is nothing to read."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        return None
-
-
-def tail(path, size=16384):
-    """The last lines of a file, [] if there is none."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - size))
-            return file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
+START_AND_END = 10.0  # seconds that a process takes beside its training, at most
 
 
 def config_file(name):
@@ -81,123 +40,12 @@ def config_file(name):
     return next((path for path in candidates if os.path.isfile(path)), None)
 
 
-def same_value(a, b):
-    if a is None or b is None or a == b:
-        return a == b
-    try:
-        return float(a) == float(b)
-    except ValueError:
-        return False
-
-
-def words(options):
-    """Options as the program's arguments."""
-    return [word for key, value in options.items() for word in ([f"--{key}={value}"] if value else [f"--{key}", ""])]
-
-
-class Run:
-    """One run. state: waiting, running, done, failed, stopped, or refused, as its folder was made with other options."""
-
-    def __init__(self, planned, folder, config, config_hash):
-        self.name, self.options = planned.name, planned.options
-        self.folder = os.path.join(folder, self.name)
-        self.log, self.record = self.folder + ".log", self.folder + ".json"
-        self.made_with = {"config": config, "config_sha256": config_hash, "options": self.options}
-        self.state, self.detail, self.process, self.device = "waiting", "", None, None
-
-    def begun(self):
-        return os.path.exists(os.path.join(self.folder, "config.json"))
-
-    def events(self):
-        """The last few, newest first."""
-        found = []
-        for line in reversed(tail(os.path.join(self.folder, "metrics.jsonl"))):
-            try:
-                found.append(json.loads(line))
-            except ValueError:  # cut short by a crash, or by the beginning of the tail
-                pass
-        return found
-
-    def finished(self):
-        return next((event.get("finished", False) for event in self.events()), False)
-
-    def difference(self):
-        """What the run's folder was made with and the sweep file now says otherwise; "" if nothing that counts."""
-        made = read_json(self.record)
-        if not self.begun():
-            return ""
-        if not made:
-            return f"{self.folder} holds a run that this sweep did not begin"
-        if (made["config"], made["config_sha256"]) != (self.made_with["config"], self.made_with["config_sha256"]):
-            return f"made with another {made['config']}" if made["config"] == self.made_with["config"] else f"made with {made['config']}, now {self.made_with['config']}"
-        for key in sorted({*made["options"], *self.options}):
-            before, now = made["options"].get(key), self.options.get(key)
-            if not FREE_TO_CHANGE.match(key) and not same_value(before, now):
-                return f"made with {key} {before if before is not None else 'as the configuration has it'}, now {now if now is not None else 'as the configuration has it'}"
-        return ""
-
-    def check(self):
-        """Finished, refused, or waiting to be run."""
-        difference = self.difference()
-        if difference:
-            self.state, self.detail = "refused", f"{difference}; remove {self.folder} to make it again"
-        elif self.begun() and self.finished():
-            self.finish()
-
-    def finish(self):
-        evals = [event for event in self.events() if event["event"] == "eval"]
-        perplexity = evals[0].get("perplexity") if evals else None
-        self.state, self.detail = "done", f"validation perplexity {perplexity:.2f}" if perplexity is not None else "no validation perplexity"
-
-    def arguments(self, device):
-        resumed = self.begun()
-        options = {k: v for k, v in self.options.items() if not resumed or FREE_TO_CHANGE.match(k)}
-        begin = ["--resume"] if resumed else ["--config", self.made_with["config"]]
-        return [*begin, *words(options), "--run.dir", self.folder, "--run.device", device]
-
-    def start(self, program, device, environment):
-        command, resumed = [program, *self.arguments(device)], self.begun()
-        if not resumed:
-            write_json(self.record, self.made_with)
-        with open(self.log, "a", encoding="utf-8") as log:
-            log.write(time.strftime("--- %Y-%m-%d %H:%M:%S ") + " ".join(command) + "\n")
-            log.flush()
-            # In a session of its own Ctrl-C reaches it only through us. Should we be killed, it saves and leaves.
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
-                                            preexec_fn=lambda: LIBC.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGINT)))
-        self.state, self.detail, self.device = "running", "resumed" if resumed else "begun", device
-
-    def poll(self):
-        """Follows a running process; True when it has ended."""
-        status = self.process.poll()
-        if status is None:
-            step = next((event for event in self.events() if event["event"] == "train"), None)
-            if step:
-                limit = (read_json(os.path.join(self.folder, "config.json")) or {}).get("train", {}).get("steps", "?")
-                loss = "not finite" if step["loss"] is None else f"{step['loss']:.4f}"
-                self.detail = f"step {step['step']}/{limit}  loss {loss}"
-            return False
-        self.process = None
-        if status == 0 and self.finished():
-            self.finish()
-        elif status == 0 or status == -signal.SIGINT:
-            self.state, self.detail = "stopped", "will go on when the sweep is started again"
-        else:
-            said = [line for line in tail(self.log) if line.strip() and not line.startswith("--- ")]
-            reason = f"killed by signal {-status}" if status < 0 else said[-1].strip() if said else f"exit status {status}"
-            self.state, self.detail = "failed", f"{reason} ({self.log})"
-        return True
-
-    def line(self):
-        return f"{self.state}{' on ' + self.device if self.state == 'running' else ''}{': ' if self.detail else ''}{self.detail}"
-
-
 class Display:
     """A table that is drawn anew on a terminal; else a line whenever a run's state changes, and now and then where running ones are."""
 
     def __init__(self, runs):
         self.runs, self.terminal, self.height = runs, sys.stdout.isatty(), 0
-        self.width = max(len(run.name) for run in runs)
+        self.width = max(len(run.title) for run in runs)
         self.said, self.last, self.note = {run: ("waiting", "") for run in runs}, time.monotonic(), ""
 
     def update(self, note):
@@ -214,7 +62,7 @@ class Display:
             shown = [run for run in self.runs if run.state in ("running", "failed", "refused")][:max(1, rows - 3)]
         states = [run.state for run in self.runs]
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        lines = [f"{run.name:<{self.width}}  {run.line()}" for run in shown] + [f"{counts}{'; ' if self.note else ''}{self.note}"]
+        lines = [f"{run.title:<{self.width}}  {run.line()}" for run in shown] + [f"{counts}{'; ' if self.note else ''}{self.note}"]
         print((f"\x1b[{self.height}F" if self.height else "") + "\x1b[J" + "\n".join(line[:columns - 1] for line in lines), flush=True)
         self.height = len(lines)
 
@@ -225,7 +73,7 @@ class Display:
         for run in self.runs:
             state = (run.state, run.device)
             if state != self.said[run] and run.state != "waiting" or due and run.state == "running":
-                print(f"{run.name}: {run.line()}", flush=True)
+                print(f"{run.title}: {run.line()}", flush=True)
             self.said[run] = state
 
 
@@ -262,9 +110,9 @@ def find_devices(text, program):
     return [f"cuda:{i}" for i in range(max(1, sum(name.startswith("GPU ") for name in names)))]
 
 
-def plan(command):
+def plan(command, environment=None):
     """The memory plan of a command as JSON (docs/formats.md). Raises Mistake with the program's message."""
-    result = subprocess.run([*command, "--plan", "--json"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    result = subprocess.run([*command, "--plan", "--json"], stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
     if result.returncode:
         lines = result.stderr.strip().splitlines()
         raise Mistake(lines[-1] if lines else f"{command[0]} --plan: exit status {result.returncode}")
@@ -273,17 +121,28 @@ def plan(command):
 
 def check_runs(sweep, runs, program, device, show):
     """Plans runs, so that a wrong option or one that does not fit is known before anything starts."""
-    plans = {}
+    plans, environment, free = {}, None, None  # what is free on the GPU is asked for once: every process there takes a second to find out
     for run in runs:
         options = {key: value for key, value in run.options.items() if key != "train.seed"}
+        if free:
+            options.setdefault("run.memory_budget", free)
         command = (program, "--config", sweep.config, *words(options), "--run.device", device)
         try:
             if command not in plans:
-                plans[command] = plan(command)
+                plans[command] = plan(command, environment)
         except Mistake as error:
             raise Mistake(f"{run.name}: {error}")
+        if device != "cpu" and "run.memory_budget" not in options and plans[command]["budget"]:
+            free, environment = f"{plans[command]['budget']}B", {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
         if show:
             print(f"{run.name}: {plans[command]['total'] / 2**30:.2f} GiB, " + " ".join(f"{k}={v}" for k, v in run.options.items()))
+
+
+def expected_seconds(run, runs):
+    """How long a run will take by the slowest finished one that differs in nothing that matters for speed, else by the slowest of all; 0 if none is finished."""
+    timed = [other for other in runs if other.seconds_per_step]
+    timed = [other for other in timed if other.what_counts_for_speed == run.what_counts_for_speed] or timed
+    return max(other.seconds_per_step for other in timed) * run.steps + START_AND_END if timed else 0.0
 
 
 def wait_for_orphans(runs, interrupts):
@@ -296,13 +155,13 @@ def wait_for_orphans(runs, interrupts):
                 os.close(descriptor)
                 break
             if not said:
-                print(f"{run.name}: another process trains or saves there; waiting for it", flush=True)
+                print(f"{run.title}: another process trains or saves there; waiting for it", flush=True)
             said = True
             time.sleep(POLL)
 
 
-def train(runs, program, devices, jobs, interrupts):
-    """Runs what waits, one process at a time for every slot."""
+def train(runs, program, devices, jobs, interrupts, deadline):
+    """Runs what waits, in order, one process at a time for every slot; nothing that would not be done by the deadline (time.monotonic)."""
     # Threads that spin while they wait for each other ruin the speed of a CPU that others use.
     environment = {"GOMP_SPINCOUNT": "1000", **os.environ}
     if devices == ["cpu"] and jobs > 1:
@@ -310,26 +169,31 @@ def train(runs, program, devices, jobs, interrupts):
     display = Display(runs)
     slots, told = [device for _ in range(jobs) for device in devices], 0
     notes = ("", "runs save and stop; a second Ctrl-C kills them", "killed")
+    changed = True
     while True:
         for run in runs:
             if run.process and run.poll():
                 slots.append(run.device)
+                changed = True
+        left = deadline - time.monotonic()
         for run in runs:
-            if run.state == "waiting" and slots and not interrupts.count:
+            if changed and run.state == "waiting" and slots and not interrupts.count and expected_seconds(run, runs) <= left:
                 run.start(program, slots.pop(0), environment)
-        display.update(notes[min(interrupts.count, 2)])
+        changed = False
+        stops = max(interrupts.count, 1 if left <= 0 else 0)
+        display.update(notes[min(stops, 2)])
         running = [run for run in runs if run.process]
         if not running:
             break
-        if interrupts.count > told:
-            told = interrupts.count
+        if stops > told:
+            told = stops
             for run in running:
                 run.process.send_signal(signal.SIGINT if told == 1 else signal.SIGKILL)
         time.sleep(POLL)
     if display.terminal:  # where the table cut them short
         for run in runs:
             if run.state in ("failed", "refused"):
-                print(f"{run.name}: {run.line()}")
+                print(f"{run.title}: {run.line()}")
 
 
 def write_report(folder):
@@ -340,50 +204,81 @@ def write_report(folder):
     return subprocess.run(command + (["-o", os.path.join(folder, "report.png")] if picture else [])).returncode == 0
 
 
-def run_sweep(args, overrides, interrupts):
-    keys = known_keys(args.binary)
-    sweep = Sweep(args.file, keys, overrides)
-    path = config_file(sweep.config)
-    if not path:
-        raise Mistake(f"{args.file}: config: no file or preset {sweep.config}")
-    devices = find_devices(args.devices, args.binary)
-    if args.jobs > 1 and devices != ["cpu"] and any("run.memory_budget" not in run.options for run in sweep.runs):
-        raise Mistake(f"--jobs {args.jobs}: on a GPU every run takes what memory is free; give each its share, as with -- run.memory_budget=40GiB")
-    folder = args.out or os.path.join("runs", sweep.name)
-    new = [run for run in sweep.runs if not os.path.exists(os.path.join(folder, run.name, "config.json"))]
-    check_runs(sweep, sweep.runs if args.dry_run else new, args.binary, devices[0], args.dry_run)
-    if args.dry_run:
-        return 0
-    if os.path.exists(os.path.join(folder, "config.json")):
-        raise Mistake(f"{folder} holds a run, not a sweep; choose another --out")
-    os.makedirs(folder, exist_ok=True)
-    held = lock(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT)
+def read_sweep(file, args, keys, overrides):
+    """The sweep of a file, with where it goes (folder) and what it starts from (path, config_hash)."""
+    sweep = Sweep(file, keys, overrides)
+    sweep.path, sweep.folder = config_file(sweep.config), args.out or os.path.join("runs", sweep.name)
+    if not sweep.path:
+        raise Mistake(f"{file}: config: no file or preset {sweep.config}")
+    with open(sweep.path, "rb") as contents:
+        sweep.config_hash = hashlib.sha256(contents.read()).hexdigest()
+    if os.path.exists(os.path.join(sweep.folder, "config.json")):
+        raise Mistake(f"{sweep.folder} holds a run, not a sweep; choose another --out")
+    return sweep
+
+
+def occupy(sweep):
+    """Makes the sweep's folder and keeps others out; returns the lock."""
+    os.makedirs(sweep.folder, exist_ok=True)
+    held = lock(os.path.join(sweep.folder, ".lock"), os.O_RDWR | os.O_CREAT)
     if held is None:
-        raise Mistake(f"{folder} is in use by another sweep.py")
-    with open(path, "rb") as file:
-        config_hash = hashlib.sha256(file.read()).hexdigest()
-    runs = [Run(planned, folder, sweep.config, config_hash) for planned in sweep.runs]
-    wait_for_orphans(runs, interrupts)
+        raise Mistake(f"{sweep.folder} is in use by another sweep.py")
+    return held
+
+
+def check_sweep(sweep, runs):
+    """Looks at what is there already, and tells report.py what to go by."""
     for run in runs:
         run.check()
-    # What report.py goes by. A refused run is none of this sweep's.
+    # A refused run is none of this sweep's.
     members = [{"name": planned.name, "group": planned.group} for planned, run in zip(sweep.runs, runs) if run.state != "refused"]
-    write_json(os.path.join(folder, "sweep.json"), {"name": sweep.name, "reference": sweep.reference, "runs": members})
-    train(runs, args.binary, devices, args.jobs, interrupts)
+    write_json(os.path.join(sweep.folder, "sweep.json"), {"name": sweep.name, "reference": sweep.reference, "runs": members})
+
+
+def run_sweeps(args, overrides, interrupts):
+    deadline = time.monotonic() + args.time_limit
+    keys = known_keys(args.binary)
+    sweeps = [read_sweep(file, args, keys, overrides) for file in args.files]
+    if len({os.path.abspath(sweep.folder) for sweep in sweeps}) < len(sweeps):
+        raise Mistake("two of the sweeps have the same folder; --out is for one file, and names differ")
+    devices = find_devices(args.devices, args.binary)
+    if args.jobs > 1 and devices != ["cpu"] and any("run.memory_budget" not in run.options for sweep in sweeps for run in sweep.runs):
+        raise Mistake(f"--jobs {args.jobs}: on a GPU every run takes what memory is free; give each its share, as with -- run.memory_budget=40GiB")
+    for sweep in sweeps:
+        new = [run for run in sweep.runs if args.dry_run or not os.path.exists(os.path.join(sweep.folder, run.name, "config.json"))]
+        check_runs(sweep, new, args.binary, devices[0], args.dry_run)
+    if args.dry_run:
+        return 0
+    locks = [occupy(sweep) for sweep in sweeps]  # held until the end
+    runs_of = {sweep: [Run(planned, sweep, f"{sweep.name}/{planned.name}" if len(sweeps) > 1 else planned.name) for planned in sweep.runs] for sweep in sweeps}
+    runs = [run for own in runs_of.values() for run in sorted(own, key=lambda run: run.turn)]
+    wait_for_orphans(runs, interrupts)
+    for sweep, own in runs_of.items():
+        check_sweep(sweep, own)
+    train(runs, args.binary, devices, args.jobs, interrupts, deadline)
     if interrupts.count:
         print("stopped; the same command goes on from here")
         return 130
-    reported = write_report(folder)
-    return 1 if any(run.state != "done" for run in runs) or not reported else 0
+    reported = [write_report(sweep.folder) for sweep, own in runs_of.items() if any(run.begun() for run in own)]
+    for descriptor in locks:
+        os.close(descriptor)
+    left = sum(run.state in ("waiting", "stopped") for run in runs)
+    if left:
+        print(f"{left} of {len(runs)} runs are left to do; the same command goes on from here")
+    if any(run.state in ("failed", "refused") for run in runs) or not all(reported):
+        return 1
+    return 3 if left else 0
 
 
 def main(argv):
     split = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", metavar="FILE.json")
-    parser.add_argument("--out", metavar="DIR", help="folder of the sweep [runs/NAME, NAME as in the file]")
+    parser.add_argument("files", nargs="+", metavar="FILE.json")
+    parser.add_argument("--out", metavar="DIR", help="folder of the sweep, of one file [runs/NAME, NAME as in the file]")
     parser.add_argument("--devices", default="auto", help="auto, cpu, or a list such as cuda:0,cuda:1 [auto: every GPU, else cpu]")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on every device; on a GPU with run.memory_budget for each [1]")
+    parser.add_argument("--time-limit", type=float, default=math.inf, metavar="S",
+                        help="begin no run that would not be done S seconds from now, by the speed of finished ones; what still runs then saves and stops")
     parser.add_argument("--binary", default=os.path.join(ROOT, "train_loqt"), help="the program [./train_loqt]")
     parser.add_argument("--dry-run", action="store_true", help="check the file, list the runs with their planned memory, start nothing")
     args = parser.parse_args(argv[:split])
@@ -391,7 +286,9 @@ def main(argv):
     try:
         if args.jobs < 1:
             raise Mistake(f"--jobs {args.jobs}: must be at least 1")
-        return run_sweep(args, argv[split + 1:], interrupts)
+        if not args.time_limit > 0:
+            raise Mistake(f"--time-limit {args.time_limit:g}: must be positive")
+        return run_sweeps(args, argv[split + 1:], interrupts)
     except Mistake as error:
         print(f"sweep.py: {error}", file=sys.stderr)
     except OSError as error:

@@ -6,7 +6,8 @@ import os
 import re
 import subprocess
 
-FIELDS = ("name", "comment", "config", "options", "grid", "runs", "seeds", "reference")
+FIELDS = ("name", "comment", "config", "options", "grid", "runs", "seeds", "reference", "keep")
+KEEP = ("checkpoints", "metrics")
 SWEEP_DECIDES = ("run.dir", "run.device")
 # A run NAME has files beside its folder.
 SUFFIXES = (".log", ".json", ".md", ".csv", ".png")
@@ -17,10 +18,10 @@ class Mistake(Exception):
 
 
 class PlannedRun:
-    """name: of its folder. group: the name without the seed. options: {full key: value as text}."""
+    """name: of its folder. group: the name without the seed. options: {full key: value as text}. turn: which of its group's seeds it has, from 0."""
 
-    def __init__(self, name, group, options):
-        self.name, self.group, self.options = name, group, options
+    def __init__(self, name, group, options, turn):
+        self.name, self.group, self.options, self.turn = name, group, options, turn
 
 
 def known_keys(program):
@@ -119,7 +120,7 @@ def safe_name(parts):
 
 
 class Sweep:
-    """name, config, reference (None if not given), runs: [PlannedRun] in the order of the file. Raises Mistake."""
+    """name, config, reference (None if not given), keep, runs: [PlannedRun] in the order of the file. Raises Mistake."""
 
     def __init__(self, path, keys, arguments=()):
         try:
@@ -148,14 +149,18 @@ class Sweep:
         self.name, self.config, self.reference = fields.get("name", file_name), fields["config"], fields.get("reference")
         if self.name != safe_name([self.name]) or self.name[0] in ".-":
             raise Mistake(f"the sweep cannot be called \"{self.name}\"; give it a \"name\" of letters, digits, _ and -")
-        seeds = self._seeds(fields.get("seeds"))
+        self.keep = fields.get("keep", KEEP[0])
+        if self.keep not in KEEP:
+            raise Mistake(f"keep: got {json.dumps(self.keep)}, expected one of {', '.join(KEEP)}")
+        shared_seeds = self._seeds(fields.get("seeds"), "seeds")
         entries = self._entries(fields, keys)
         overrides = parse_overrides(arguments, keys)
         common = {**read_options(fields.get("options", {}), keys, "options"), **overrides}
-        if not seeds and "grid" not in fields and "runs" not in fields:
+        if not shared_seeds and "grid" not in fields and "runs" not in fields:
             raise Mistake("no runs: give \"grid\", \"runs\" or \"seeds\"")
         self.runs = []
-        for name, options, grid in entries:
+        for name, options, grid, own_seeds in entries:
+            seeds = own_seeds or shared_seeds
             varied = {*options, *grid}
             for key in [*overrides, *(["train.seed"] if seeds else [])]:
                 if key in varied:
@@ -166,25 +171,25 @@ class Sweep:
             for values in itertools.product(*grid.values()):
                 point = dict(zip(grid, values))
                 group = [*parts, *(part(*item, keys) for item in point.items())]
-                for seed in seeds or [None]:
+                for turn, seed in enumerate(seeds or [None]):
                     at_seed, own = ([f"seed-{seed}"], {"train.seed": seed}) if seed else ([], {})
-                    self._add(safe_name(group + at_seed), safe_name(group) or self.name, {**common, **options, **point, **own})
+                    self._add(safe_name(group + at_seed), safe_name(group) or self.name, {**common, **options, **point, **own}, turn)
         groups = [run.group for run in self.runs]
         methods = [run.options.get("method.name") for run in self.runs]
         if self.reference and self.reference not in groups + methods:
             raise Mistake(f"reference: no group of runs is called \"{self.reference}\"; there are {', '.join(dict.fromkeys(groups))}")
 
     @staticmethod
-    def _seeds(seeds):
+    def _seeds(seeds, where):
         if seeds is None:
             return []
         if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-            raise Mistake("seeds: expected a list of whole numbers")
+            raise Mistake(f"{where}: expected a list of whole numbers")
         return [str(seed) for seed in seeds]
 
-    @staticmethod
-    def _entries(fields, keys):
-        """[(name or None, {key: value}, {key: [values]})], one for every entry of "runs"."""
+    @classmethod
+    def _entries(cls, fields, keys):
+        """[(name or None, {key: value}, {key: [values]}, [seeds])], one for every entry of "runs"."""
         shared = read_options(fields.get("grid", {}), keys, "grid", value_list)
         runs = fields.get("runs", [{}])
         if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
@@ -196,7 +201,7 @@ class Sweep:
             if name is not None and not (isinstance(name, str) and name):
                 raise Mistake(f"{where}: its name has to be text")
             where += f" ({name})" if name else ""
-            options = read_options({k: v for k, v in run.items() if k not in ("name", "comment", "grid")}, keys, where)
+            options = read_options({k: v for k, v in run.items() if k not in ("name", "comment", "grid", "seeds")}, keys, where)
             grid = {**shared}
             for key, values in read_options(run.get("grid", {}), keys, where + ", grid", value_list).items():
                 if key in shared:
@@ -205,12 +210,12 @@ class Sweep:
             for key in options:
                 if key in grid:
                     raise Mistake(f"{where}: {key} is given beside a grid that varies it")
-            entries.append((name, options, grid))
+            entries.append((name, options, grid, cls._seeds(run.get("seeds"), where + ", seeds")))
         return entries
 
-    def _add(self, name, group, options):
+    def _add(self, name, group, options, turn):
         if any(run.name == name for run in self.runs):
             raise Mistake(f"two runs are called {name}; give them a \"name\", and no value twice")
         if not name or name[0] in ".-" or name.endswith(SUFFIXES) or len(name) > 200:
             raise Mistake(f"a run cannot be called \"{name}\"; give it a \"name\" of letters, digits, _ and -, without one of {' '.join(SUFFIXES)} at its end")
-        self.runs.append(PlannedRun(name, group, options))
+        self.runs.append(PlannedRun(name, group, options, turn))

@@ -112,6 +112,13 @@ class Program(unittest.TestCase):
         self.assertEqual(labels, {"linear forward", "input gradients", "B gradients", "LM head", "effective weights"})
         self.assertLess(sum(op["seconds"] for op in run["profile"]["operations"]), run["profile"]["step_seconds"])
 
+    def test_rank(self):
+        """Of every method that has one, galore's too."""
+        for method, rank in (("full", 0), ("galore", 24)):
+            result = self.bench_step("--method", method, "--rank", "24", "--steps", "1", "--merges", "0", "--profile", "0", "--seq-len", "32", "--batch", "2", "--micro-batch", "2")
+            self.assertEqual(result.returncode, 0, result.stderr)
+            self.assertEqual(json.loads(result.stdout)["rank"], rank)
+
     def test_mistakes(self):
         for arguments, words in ((["--lrr", "1"], "--lrr"), (["--steps", "x"], "--steps x"), (["stray"], "stray"), (["--steps"], "needs a value")):
             result = self.bench_step(*arguments)

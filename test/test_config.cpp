@@ -62,6 +62,10 @@ TEST_CASE("config: unknown keys name the nearest one", "[config]") {
 TEST_CASE("config: bad values name key, value and what was expected", "[config]") {
     CHECK(contains(message_for_json(R"({"method": {"rank": 0}})"), "method.rank: got 0"));
     CHECK(contains(message_for_json(R"({"method": {"rank": 100000}})"), "method.rank: 100000 is larger"));
+    CHECK(contains(message_for_json(R"({"method": {"name": "relora", "merge_gap": 50}})"), "method.relora_warmup: got 50, must be below method.merge_gap 50"));
+    CHECK(contains(message_for_json(R"({"method": {"name": "relora", "merge_gap": 50}})"), "lower it or raise merge_gap"));
+    CHECK(message_for_json(R"({"method": {"name": "relora", "merge_gap": 51}})") == "(no error)");
+    CHECK(message_for_json(R"({"method": {"name": "lora", "merge_gap": 6}})") == "(no error)");
     CHECK(contains(message_for_json(R"({"train": {"seq_len": 0}})"), "train.seq_len: got 0"));
     CHECK(contains(message_for_json(R"({"train": {"seq_len": "long"}})"), "train.seq_len: got \"long\", expected a whole number"));
     CHECK(contains(message_for_json(R"({"train": {"steps": 1.5}})"), "train.steps"));

@@ -113,6 +113,23 @@ TEST_CASE("cost per token: known orders of the ways to train", "[flops]") {
     CHECK(cost("60m", "light", "cached", 256) < cost("60m", "block", "cached", 512));
 }
 
+TEST_CASE("cost per token: gradients of a trained P cost as those of B do", "[flops]") {
+    // Of bf16 sums, read and written by way of fp32, 12 bytes an element and micro-batch; of fp32 sums 8. 180 FLOPs a byte.
+    auto traffic = [](const char* method) {
+        Config c;
+        read_config_file(c, "configs/60m.json");
+        c.method.name = method, c.train.effective_weights = "rebuilt", c.train.recompute = "light", c.train.micro_batch = 64;
+        validate_config(c);
+        Config narrow = c;
+        narrow.train.gradients = "bf16";
+        const double tokens = 64.0 * 256.0;
+        return (cost_per_token(narrow, DeviceKind::cuda) - cost_per_token(c, DeviceKind::cuda)) * tokens / (180.0 * 4.0);
+    };
+    const double h = 512, f = 1376, layers = 8, rank = 128, b = layers * (4 * h + 3 * f) * rank, p = layers * 7 * h * rank;
+    for (const char* method : {"loqt", "loqt-nq"}) CHECK(traffic(method) == Approx(b).epsilon(1e-6));
+    for (const char* method : {"lora", "relora", "qlora", "loftq"}) CHECK(traffic(method) == Approx(b + p).epsilon(1e-6));
+}
+
 TEST_CASE("loqt needs fewer FLOPs than full rank, and the two figures are kept apart", "[flops]") {
     Config c = tiny_config("loqt", "cached", 4, 2);
     double loqt = training_flops_per_token(c);

@@ -297,7 +297,7 @@ class MethodTest(ProgramTest):
         "galore": ("--method.name", "galore", "--scale", 1), "galore reset": ("--method.name", "galore", "--scale", 1, "--moments_at_merge", "reset", "--moments", "int8"),
         "galore per layer": ("--method.name", "galore", "--scale", 1, "--updates", "per_layer", "--micro_batch", 4),
         "bf16 P": ("--quantize_projection", "false"), "lora": ("--method.name", "lora"), "qlora": ("--method.name", "qlora", "--effective_weights", "factored"), "loftq": ("--method.name", "loftq"),
-        "relora": ("--method.name", "relora", "--relora_warmup", 2), "relora int8": ("--method.name", "relora", "--moments", "int8"),
+        "relora": ("--method.name", "relora", "--relora_warmup", 2), "relora int8": ("--method.name", "relora", "--relora_warmup", 2, "--moments", "int8"),
         "clipped": ("--clip", 1),
         "block": ("--recompute", "block"), "none": ("--recompute", "none"),
         "bf16": ("--moments", "bf16"), "bf16-nearest": ("--moments", "bf16-nearest"), "int8": ("--moments", "int8"),

@@ -291,7 +291,7 @@ class UseTest(ProgramTest):
     def test_export_and_start_from_it(self):
         for method in ("full", "loqt", "loqt-nq", "galore", "lora", "relora", "qlora", "loftq"):
             with self.subTest(method):
-                run, target = self.train("--method.name", method), self.name()
+                run, target = self.train("--method.name", method, "--relora_warmup", 2), self.name()
                 self.succeed("--run.dir", run, "--export", target, "--export-dtype", "f32")
                 self.mistake(("--run.dir", run, "--export", target), target, "not empty", before=("checkpoint ",))
                 exported = json.loads(read_text(target, "config.json"))

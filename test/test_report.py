@@ -53,7 +53,7 @@ class ReportTest(unittest.TestCase):
 
     def run_of(self, name, seed, final, method="loqt", steps=4, lr=0.01, limit=4, rate=1000.0, **keys):
         """A run of 1000 tokens a step at `rate`, evaluated at its begin with loss 6 and at its end."""
-        run = write_run(self.folder, name, [("start", {"step": 0, "method": method, "planned_bytes": GIB}), evaluation(0, 6.0),
+        run = write_run(self.folder, name, [("start", {"step": 0, "device": "a GPU", "method": method, "planned_bytes": GIB}), evaluation(0, 6.0),
                                             *(train(u, 6.0 - u, rate) for u in range(1, steps + 1)), evaluation(steps, final)])
         config = {"train": {"seed": seed, "steps": limit}, "optimizer": {"lr": lr, "warmup_ratio": 0.0}, "run": {"dir": name, "device": "cuda:0", **keys}}
         with open(os.path.join(run, "config.json"), "w") as file:
@@ -68,6 +68,70 @@ class ReportTest(unittest.TestCase):
                              "tokens/s": "2,000", "planned": "3.00 GiB", "peak": "4.00 GiB", "merges": "2", "s/merge": "49.50", "skipped": "0", "spikes": "0"})
         self.assertEqual(b, {"run": "b", "method": "full", "seeds": "1", "steps": "1", "tokens": "0.0 M", "validation loss": "-", "perplexity": "-", "ratio": "-",
                              "tokens/s": "1,234,567", "planned": "1.00 GiB", "peak": "1.00 GiB", "merges": "0", "s/merge": "-", "skipped": "0", "spikes": "0"})
+
+    def test_columns(self):
+        run = self.run_of("a", 1, 3.0)
+        self.assertEqual(list(self.table(run, "--columns", "perplexity,steps")[0].items()), [("run", "a"), ("perplexity", f"{math.exp(3):.2f}"), ("steps", "4")])
+        status, _, err = self.run_report(run, "--columns", "perplexity,stepps")
+        self.assertEqual(status, 2)
+        self.assertIn("no column \"stepps\"; there are run, method, seeds", err)
+
+    def test_page(self):
+        """Only what stands in the blocks changes, and nothing unless all of them can be made."""
+        for seed in (1, 2):
+            self.run_of(f"a_seed-{seed}", seed, math.log(10 * seed))
+        page, picture = os.path.join(self.folder, "docs", "page.md"), os.path.join(self.folder, "docs", "curves.png")
+        os.makedirs(os.path.dirname(page))
+
+        def write(*blocks):
+            with open(page, "w", encoding="utf-8") as file:
+                file.write("# Title\n\n" + "\n".join(blocks) + "\nlast words\n")
+
+        def text():
+            with open(page, encoding="utf-8") as file:
+                return file.read()
+
+        first = f"<!-- report: '{self.folder}/a_seed-*' --columns seeds,perplexity -->"
+        end = "<!-- end of report -->"
+        draw = f"<!-- report: {self.folder}/a_seed-1 --columns seeds -o {picture} -->" if MATPLOTLIB else f"<!-- report: {self.folder}/a_seed-1 --columns seeds -->"
+        table = "| run | seeds | perplexity |\n| --- | --- | --- |\n| a | 2 | 15.00 ± 5.00 |\n\n2 runs on a GPU.\n"
+        shown = "\n![Loss curves](curves.png)\n" if MATPLOTLIB else ""
+        write(first, "an old table", end, "words", draw, end)
+        for _ in range(2):  # made twice it is the same
+            status, out, err = self.run_report("--page", page)
+            self.assertEqual((status, out), (0, f"{page}: 2 blocks made anew\n"), err)
+            self.assertEqual(text(), f"# Title\n\n{first}\n{table}\n{end}\nwords\n{draw}\n| run | seeds |\n| --- | --- |\n| a_seed-1 | 1 |\n\n1 run on a GPU.\n{shown}\n{end}\nlast words\n")
+        for blocks, words in (((first, end, f"<!-- report: {self.folder}/nothing-* -->", end), ("line 5", "nothing-*")), ((first,), ("line 3", "no \"<!-- end")),
+                              ((end,), ("line 3", "did not begin")), ((first, first, end), ("line 4", "block of line 3")), (("<!-- report: --colums x -->", end), ("line 3", "--colums"))):
+            write(*blocks)
+            before = text()
+            status, out, err = self.run_report("--page", page)
+            self.assertEqual((status, out, len(err.splitlines())), (2, "", 1), err)
+            for word in words:
+                self.assertIn(word, err)
+            self.assertEqual(text(), before)
+        self.assertEqual(self.run_report("--page", page, "run")[0], 2)
+
+    def test_merge_jumps(self):
+        """Losses on a line rise nowhere; a step of 0.25 at every merge but the first is found, and so is none between them."""
+        def jumps(loss, merges, last=500):
+            return run_groups.merge_jumps([{"step": step, "loss": loss(step)} for step in range(1, last + 1)], merges)
+        for got in jumps(lambda step: 7 - 0.01 * step, [0, 100, 201, 302]):
+            self.assertAlmostEqual(got, 0)
+        # The line of step u + 1 says the loss before the merge of step u.
+        found = jumps(lambda step: 7 - 0.01 * step + sum(0.25 for u in (100, 201, 302) if step > u + 1), [0, 100, 201, 302])
+        self.assertEqual(len(found), 3)
+        for got in found:
+            self.assertAlmostEqual(got, 0.25)
+        self.assertAlmostEqual(jumps(lambda step: 7.0 + (step > 150), [0, 100, 200])[0], 0)  # elsewhere: none of a merge's
+        for got in jumps(lambda step: 8 * step**-0.15, [0, 100, 201, 302]):  # a curve that falls as losses do
+            self.assertLess(abs(got), 0.004)
+        self.assertEqual(jumps(lambda step: None if step == 105 else 7.0, [0, 100, 201]), [0.0])
+        self.assertEqual(jumps(lambda step: 7.0, [0, 2]), [])  # no room for a window
+        self.assertEqual(run_groups.merge_jumps([], [0, 3]), [])
+        runs = [write_run(self.folder, f"m{i}", [("start", {"step": 0, "method": "loqt", "planned_bytes": GIB}), *(("merge", {"step": u}) for u in (0, 100, 201)),
+                                                 *(train(step, 5.0 + rise * ((step > 101) + (step > 202)), 1000.0) for step in range(1, 401))]) for i, rise in ((1, 0.5), (2, 0.25))]
+        self.assertEqual([row["merge jump"] for row in self.table(*runs)], ["+0.500 ± 0.000", "+0.250 ± 0.000"])
 
     def test_seeds(self):
         """Perplexities 10, 20 and 60: mean 30, deviation √700, standard error √(700/3) = 15.2753."""

@@ -5,16 +5,19 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 import unittest
 
 import program
 from program import DEVICE, ENVIRONMENT, ROOT, path, series, steps
 
 sys.path.insert(0, os.path.join(ROOT, "scripts"))
+import sweep as sweep_script  # noqa: E402
 import sweep_file  # noqa: E402
 
 SWEEP = os.path.join(ROOT, "scripts", "sweep.py")
@@ -31,12 +34,12 @@ def write_sweep(file_name, /, **fields):
 
 
 def start(file, *arguments):
-    return subprocess.Popen([sys.executable, SWEEP, file, "--devices", DEVICE, *arguments], cwd=program.folder, env=ENVIRONMENT, stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, SWEEP, "--devices", DEVICE, file, *arguments], cwd=program.folder, env=ENVIRONMENT, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True)
 
 
 def sweep(file, *arguments):
-    """(exit status, output)"""
+    """(output, exit status)"""
     process = start(file, *arguments)
     return process.communicate(timeout=300)[0], process.returncode
 
@@ -78,6 +81,12 @@ class FileTest(unittest.TestCase):
         runs = self.expand(runs=[{"name": "a", "method": "full"}, {"name": "b", "grid": {"scale": [3]}}], grid={"lr": [1, 2]}, seeds=[4]).runs
         self.assertEqual([r.name for r in runs], ["a_lr-1_seed-4", "a_lr-2_seed-4", "b_lr-1_scale-3_seed-4", "b_lr-2_scale-3_seed-4"])
 
+    def test_own_seeds(self):
+        runs = self.expand(runs=[{"name": "a", "seeds": [5, 6]}, {"name": "b"}], seeds=[4]).runs
+        self.assertEqual([(r.name, r.options.get("train.seed"), r.turn) for r in runs], [("a_seed-5", "5", 0), ("a_seed-6", "6", 1), ("b_seed-4", "4", 0)])
+        runs = self.expand(runs=[{"name": "a", "seeds": [5]}, {"name": "b"}]).runs
+        self.assertEqual([(r.name, r.group, r.turn) for r in runs], [("a_seed-5", "a", 0), ("b", "b", 0)])
+
     def test_names_are_safe(self):
         self.assertEqual([r.name for r in self.expand(grid={"val": ["../a b/c"]}, seeds=[1]).runs], ["val-..-a-b-c_seed-1"])
         self.assertEqual([(r.name, r.group) for r in self.expand(name="s", seeds=[3]).runs], [("seed-3", "s")])
@@ -106,6 +115,9 @@ class FileTest(unittest.TestCase):
         self.mistake("beside \"seeds\"", seeds=[1], options={"seed": 1})
         self.mistake("beside \"seeds\"", seeds=[1], grid={"seed": [1]})
         self.mistake("seeds", seeds=["1"])
+        self.mistake("run 1 (a), seeds", runs=[{"name": "a", "seeds": 1}])
+        self.mistake("beside \"seeds\"", runs=[{"name": "a", "seeds": [1], "seed": 2}])
+        self.mistake("keep: got \"nothing\", expected one of checkpoints, metrics", keep="nothing", seeds=[1])
         self.mistake("the sweep cannot be called \"../x\"", name="../x", seeds=[1])
         self.mistake("cannot be called \"x.log\"", runs=[{"name": "x.log"}])
         self.mistake("cannot be called \"..\"", runs=[{"name": ".."}])
@@ -123,7 +135,7 @@ class FileTest(unittest.TestCase):
     def test_files_of_the_repository(self):
         """Every run of every file in sweeps/ is one that the program plans."""
         keys, plans = sweep_file.known_keys(program.PROGRAM), {}
-        files = [os.path.join(folder, name) for folder, _, names in os.walk(os.path.join(ROOT, "sweeps")) for name in names]
+        files = [os.path.join(folder, name) for folder, _, names in os.walk(os.path.join(ROOT, "sweeps")) for name in names if name.endswith(".json")]
         self.assertTrue(files)
         for file in files:
             parsed = sweep_file.Sweep(file, keys)
@@ -134,6 +146,23 @@ class FileTest(unittest.TestCase):
                         plans[parsed.config, options] = program.program("--config", parsed.config, *options, "--plan", "--run.device", "cuda", "--memory_budget", "80GiB")
                     result = plans[parsed.config, options]
                     self.assertEqual(result.returncode, 0, result.stderr)
+
+
+    def test_same_memory(self):
+        """What memory.json says of both sizes: nearly the same for weights, gradients and moments, and never less for full."""
+        keys = sweep_file.known_keys(program.PROGRAM)
+
+        def needed(config, options):
+            result = program.program("--config", config, *(f"--{key}={value}" for key, value in options.items()), "--plan", "--json", "--run.device", "cuda", "--micro_batch", 64,
+                                     "--memory_budget", "80GiB")
+            plan = json.loads(result.stdout)
+            return plan["weights_and_optimizer_bytes"] + plan["gradients_bytes"]
+        for name in ("memory.json", "reduced/memory.json"):
+            parsed = sweep_file.Sweep(os.path.join(ROOT, "sweeps", name), keys)
+            options = {run.group: run.options for run in parsed.runs}
+            for other, method in (("loqt_in-fulls-memory", "full"), ("full_in-loqts-memory", "loqt")):
+                share = needed(parsed.config, options[other]) / needed(parsed.config, {"method.name": method})
+                self.assertTrue(0.97 < share <= 1 if method == "full" else 1 <= share < 1.03, f"{name}: {other} {share}")
 
 
 class SweepTest(unittest.TestCase):
@@ -200,6 +229,78 @@ class SweepTest(unittest.TestCase):
         text, status = sweep(file, "--out", "interrupted")
         self.assertEqual(status, 0, text)
         self.assertEqual([count("interrupted/seed-1", e) for e in ("start", "resume", "train")], [1, 1, 150])  # no step was lost
+
+    def test_time_limit(self):
+        """Nothing is begun that would not be done in time. What is finished is known by its metrics and configuration alone, elsewhere too."""
+        file, out = write_sweep("limited", seeds=[1, 2], grid={"lr": [0.01, 0.005]}, options={"steps": 20}, keep="metrics"), "limited"
+        text, status = sweep(file, "--out", out, "--time-limit", "9.5")  # a process is given ten seconds beside its training, once one has shown how long that takes
+        self.assertEqual(status, 3, text)
+        self.assertIn("lr-0.01_seed-1: done", text)
+        self.assertIn("3 of 4 runs are left to do", text)
+        self.assertIn("| lr-0.01 |", program.read_text(out, "report.md"))
+        self.assertEqual(sorted(name for name in os.listdir(path(out)) if os.path.isdir(path(out, name))), ["lr-0.01_seed-1"])
+        self.assertEqual(sorted(os.listdir(path(out, "lr-0.01_seed-1"))), ["config.json", "metrics.jsonl"])
+        for name in ("lr-0.01_seed-1/config.json", "lr-0.01_seed-1/metrics.jsonl", "lr-0.01_seed-1.json"):
+            os.makedirs(os.path.dirname(path("elsewhere", name)), exist_ok=True)
+            shutil.copy(path(out, name), path("elsewhere", name))
+        text, status = sweep(file, "--out", "elsewhere", "--time-limit", "300")
+        self.assertEqual(status, 0, text)
+        self.assertNotIn("left to do", text)
+        self.assertEqual([count(f"elsewhere/lr-{lr}_seed-{seed}", e) for lr in ("0.01", "0.005") for seed in (1, 2) for e in ("start", "resume", "train")], [1, 0, 20] * 4)
+        begins = [json.loads(program.read_text(f"elsewhere/lr-{lr}_seed-{seed}", "metrics.jsonl").split("\n")[0])["time"] for seed in (1, 2) for lr in ("0.01", "0.005")]
+        self.assertEqual(begins, sorted(begins))  # first seeds come first
+
+    def test_time_is_up(self):
+        """A run that takes longer than the limit saves and stops, and goes on next time; without its checkpoint it begins anew."""
+        for carried in (True, False):
+            out = f"late-{carried}"
+            file = write_sweep(out, seeds=[1], options={"steps": 100000, "checkpoint.every": 0, "eval.every": 0}, keep="metrics")
+            text, status = sweep(file, "--out", out, "--time-limit", "3")
+            self.assertEqual(status, 3, text)
+            self.assertIn("seed-1: stopped", text)
+            self.assertIn("1 of 1 runs are left to do", text)
+            done = count(f"{out}/seed-1", "train")
+            self.assertTrue(0 < done < 100000)
+            self.assertEqual(program.checkpoints(f"{out}/seed-1"), [f"step-{done:08d}.safetensors"])
+            if not carried:
+                shutil.rmtree(path(out, "seed-1", "checkpoints"))
+            text, status = sweep(file, "--out", out, "--time-limit", "3")
+            self.assertEqual(status, 3, text)
+            self.assertEqual(steps(f"{out}/seed-1", "resume"), [done if carried else 0])
+            self.assertGreater(count(f"{out}/seed-1", "train"), done)
+
+    def test_expected_seconds(self):
+        """By the slowest run that differs in nothing but what a step takes no longer for, else by the slowest."""
+        with open(path("base.json"), "w") as file:
+            json.dump({"train": {"steps": 1000}}, file)
+        sweep_of = types.SimpleNamespace(keep="metrics", folder=path(), config="base.json", config_hash="", path=path("base.json"))
+
+        def run(speed=None, sweep=sweep_of, **options):
+            planned = sweep_file.PlannedRun("run", "run", {key.replace("__", "."): value for key, value in options.items()}, 0)
+            made = sweep_script.Run(planned, sweep, "run")
+            made.seconds_per_step = speed
+            return made
+        runs = [run(0.1, method__rank="8", optimizer__lr="1"), run(0.2, method__rank="8", optimizer__lr="2"), run(0.5, method__rank="64"), run()]
+        expected = sweep_script.expected_seconds
+        self.assertAlmostEqual(expected(run(method__rank="8", optimizer__lr="3", train__steps="50"), runs), 20.0)
+        self.assertAlmostEqual(expected(run(method__rank="16"), runs), 510.0)
+        self.assertAlmostEqual(expected(run(sweep=types.SimpleNamespace(**{**vars(sweep_of), "config": "larger.json"}), method__rank="8"), runs), 510.0)
+        self.assertEqual(expected(run(), [run()]), 0.0)
+
+    def test_several_files(self):
+        """Each into its own folder, in order."""
+        files = [write_sweep(name, seeds=[1], options={"steps": 3}, keep="metrics") for name in ("one", "two")]
+        text, status = sweep(*files)
+        self.assertEqual(status, 0, text)
+        begins = [json.loads(program.read_text("runs", name, "seed-1", "metrics.jsonl").split("\n")[0])["time"] for name in ("one", "two")]
+        self.assertEqual(begins, sorted(begins))
+        for name in ("one", "two"):
+            self.assertIn(f"{name}/seed-1: done", text)
+            self.assertIn(f"| {name} |", program.read_text("runs", name, "report.md"))
+        for arguments, word in (((*files, "--out", "x"), "--out is for one file"), ((files[0], files[0]), "same folder"), ((files[0], "nowhere.json"), "nowhere.json")):
+            text, status = sweep(*arguments)
+            self.assertEqual((status, len(text.splitlines())), (2, 1), text)
+            self.assertIn(word, text)
 
     def test_run_that_still_saves(self):
         """After a sweep was killed its last run may not have left yet: it is waited for, not failed."""
