@@ -15,7 +15,7 @@ namespace {
 
 // What the paper's own runs did where the defaults do otherwise (README: What differs from the paper's code). Other options go on top.
 const std::vector<Override> kPaper = {{"optimizer.moments", "bf16-nearest"}, {"optimizer.rounding", "nearest"}, {"optimizer.clip", "0"}, {"train.gradients", "bf16"},
-                                      {"method.projection", "gram"}, {"method.moments_at_merge", "keep"}, {"data.layout", "rows"}, {"eval.official_perplexity", "true"}};
+                                      {"method.projection", "gram"}, {"method.projection_gradient", "last"}, {"method.moments_at_merge", "keep"}, {"data.layout", "rows"}, {"eval.official_perplexity", "true"}};
 
 // Every configuration key becomes an option under its full name, and under its last part where that is unambiguous.
 void add_config_options(CLI::App& app, std::vector<std::pair<std::string, std::string>>& values) {
