@@ -165,5 +165,6 @@ int64_t memory_budget(const Config& config, const Device* device) {
     if (!config.run.memory_budget.empty()) return parse_bytes(config.run.memory_budget);
     if (!device) return 0;
     // What is free now, with a margin for what libraries allocate later, and what the open device has taken already: the plan counts it.
-    return int64_t(0.95 * double(device->free_bytes())) + library_bytes(device->kind());
+    const int64_t taken = library_bytes(device->kind()) + (device->communicator() ? Communicator::library_bytes(device->kind()) : 0);
+    return int64_t(0.95 * double(device->free_bytes())) + taken;
 }
