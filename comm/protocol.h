@@ -1,4 +1,4 @@
-// What goes over the connections between rank 0 and the others, and how these come to be (the rest of comm/control.h is in control.cpp).
+// What goes over the connections between rank 0 and the others, and how these come to be (the rest of comm/control.h is in connections.cpp).
 #pragma once
 #include <string>
 #include <vector>

@@ -70,7 +70,6 @@ std::string Watch::stuck(double now, double timeout) const {
     double arrival = first->since;
     for (size_t i = 0; i < ranks_.size(); ++i) {
         const Rank& r = ranks_[i];
-        if (r.gone) continue;
         arrival = std::max(arrival, r.moved);
         if (r.doing.entered >= first->doing.number) continue;
         all_came = false;

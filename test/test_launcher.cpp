@@ -88,8 +88,13 @@ bool all_noted(const Processes& processes, int count, const std::string& text = 
     });
 }
 
+// Ended, whether or not someone has asked for its exit code by now.
 bool gone(const Processes& processes, int rank) {
-    return eventually([&] { return kill(std::atoi(noted(processes, rank).c_str()), 0) != 0; });
+    return eventually([&] {
+        std::ifstream stat("/proc/" + noted(processes, rank) + "/stat");
+        std::string pid, name, state;
+        return !(stat >> pid >> name >> state) || state == "Z";
+    });
 }
 
 }  // namespace
