@@ -90,8 +90,9 @@ def difference(one, many):
 
 # Rows
 
-def row(figure, one="-", many="-", result="-", wanted="-", missed=False, note=""):
-    return {"figure": figure, "one": one, "many": many, "result": result, "wanted": wanted, "failed": missed, "note": "; ".join(filter(None, ["missed" if missed else "", note]))}
+def row(figure, one="-", many="-", result="-", wanted="-", note="", failed=False, missed=False):
+    note = "; ".join(filter(None, ["missed" if missed else "", note]))
+    return {"figure": figure, "one": one, "many": many, "result": result, "wanted": wanted, "failed": failed or missed, "note": note}
 
 
 def compared(figure, one, many, form, least=None, most=None, note=""):
@@ -99,7 +100,7 @@ def compared(figure, one, many, form, least=None, most=None, note=""):
     value = ratio(many, one)
     missed = value is not None and (least is not None and value < least or most is not None and value > most)
     wanted = f"≥ {least:.2f}" if least is not None else f"≤ {most:.2f}" if most is not None else "-"
-    return row(figure, number(one, form), number(many, form), number(value, "{:.3f}"), wanted, missed, note)
+    return row(figure, number(one, form), number(many, form), number(value, "{:.3f}"), wanted, note, missed=missed)
 
 
 def on_gpus(entry, limit):
@@ -154,8 +155,8 @@ def strong_rows(entry, many, whole):
     last = [number(run["losses"][-1] if run["losses"] else None, "{:.4f}") for run in (whole, many)]
     return [throughput(entry, whole, many, "tokens/s, same batch", 1),
             compared("exact merge, added to its step, same batch, s", later_merges(whole, "added_seconds"), later_merges(many, "added_seconds"), "{:.3f}"),
-            row("loss, same batch", *last, f"{d['mean']:+.5f} on average, {d['largest']:.5f} at most" if d else "-", missed=d is None,
-                note=f"over {d['steps']} steps; most at step {d['step']}" if d else "no step in common")]
+            row("loss, same batch", *last, f"{d['mean']:+.5f} on average, {d['largest']:.5f} at most" if d else "-",
+                note=f"over {d['steps']} steps; most at step {d['step']}" if d else "no step in common", failed=d is None)]
 
 
 def fast_rows(entry, many, one):
@@ -167,14 +168,14 @@ def rows_of(entry, part):
     runs = [entry["runs"][name] for name in PARTS[part]]
     errors = [f"{name}: {run['error']}" for name, run in zip(PARTS[part], runs) if run["error"]]
     if errors:
-        return [row(part, missed=True, note="; ".join(errors))]
+        return [row(part, note="; ".join(errors), failed=True)]
     return {"weak": weak_rows, "strong": strong_rows, "fast": fast_rows}[part](entry, *runs)
 
 
 def kill_row(k):
     ended = "-" if k["seconds"] is None else f"ended in {k['seconds']:.1f} s"
-    return row(f"rank {k['rank']} killed after step {k['step']}", many=ended, result="-" if k["remarks"] else "resumed to the same bits", wanted=f"≤ {k['limit']:g} s", missed=bool(k["remarks"]),
-               note="; ".join(k["remarks"]) or k["message"])
+    return row(f"rank {k['rank']} killed after step {k['step']}", many=ended, result="-" if k["remarks"] else "resumed to the same bits", wanted=f"≤ {k['limit']:g} s",
+               note="; ".join(k["remarks"] + [k["message"]] * bool(k["message"])), failed=bool(k["remarks"]))
 
 
 def head(report):
@@ -261,7 +262,8 @@ def results(folder):
 def differences(folder, reference):
     """What of a finished run is not as in the other, in words."""
     (mine, last), (theirs, their_last) = results(folder), results(reference)
-    found = [f"{event} {key} of step {step} is {mine.get((event, step, key))}, undisturbed {value}" for (event, step, key), value in theirs.items() if mine.get((event, step, key)) != value][:1]
+    found = [f"{event} {key} of step {step} is {mine.get((event, step, key))}, undisturbed {value}"
+             for (event, step, key), value in theirs.items() if mine.get((event, step, key)) != value][:1]
     if not last or os.path.basename(last) != os.path.basename(their_last) or not filecmp.cmp(last, their_last, shallow=False):
         found.append("the last checkpoint is another")
     return found
@@ -305,7 +307,7 @@ def kill_rank(args, command, folder, rank, step, wait):
         if process.poll() is None and rank in ranks:
             kill([ranks[rank]])
             begin = time.time()
-            while (process.poll() is None or any(map(alive, ranks.values()))) and time.time() < begin + args.comm_timeout + 10:
+            while (process.poll() is None or any(map(alive, ranks.values()))) and time.time() < begin + 1.5 * args.comm_timeout:
                 time.sleep(0.02)
             seconds = None if process.poll() is None or any(map(alive, ranks.values())) else time.time() - begin
         else:
@@ -337,7 +339,8 @@ def complaints(rank, seconds, limit, lines):
 def kill_test(args, entry):
     """Kills a rank args.kill times, shows a row for each. → whether all went as it should."""
     # The same relative run.dir everywhere: checkpoints hold the configuration, and are to be the same to the byte.
-    command = command_of(args, entry, args.gpus, entry["batch"], KILL_STEPS, KILL_STEPS // 4 - 1, "--checkpoint.every", str(KILL_EVERY), "--run.comm_timeout", f"{args.comm_timeout:g}", "--run.dir", "run")
+    command = command_of(args, entry, args.gpus, entry["batch"], KILL_STEPS, KILL_STEPS // 4 - 1, "--checkpoint.every", str(KILL_EVERY),
+                         "--run.comm_timeout", f"{args.comm_timeout:g}", "--run.dir", "run")
     reference, rng, fine = os.path.join(args.work, "undisturbed"), random.Random(args.seed), True
     shown_now(f"{entry['preset']}: undisturbed")
     run_to_end(args, command[1:], reference)

@@ -1,4 +1,5 @@
 """bench/scaling.py: figures and rows on made-up events, whole tables and killed ranks on a stand-in for train_loqt, and all of it on the program itself."""
+import contextlib
 import json
 import os
 import re
@@ -165,7 +166,7 @@ class Figures(unittest.TestCase):
             self.assertTrue(scaling.rows_of(nothing, part))
             nothing["runs"][scaling.PARTS[part][1]]["error"] = "it broke"
             (r,) = scaling.rows_of(nothing, part)
-            self.assertEqual((r["figure"], r["failed"], r["note"]), (part, True, f"missed; {scaling.PARTS[part][1]}: it broke"))
+            self.assertEqual((r["figure"], r["failed"], r["note"]), (part, True, f"{scaling.PARTS[part][1]}: it broke"))
 
     def test_complaints(self):
         message = "train_loqt: rank 1 was killed"
@@ -220,6 +221,15 @@ class Bench(unittest.TestCase):
                 written = json.load(file)["presets"]
         return cells(done.stdout), written
 
+    def processes(self):
+        """Those that run something in the test's folder."""
+        found = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+                if self.folder.encode() in file.read():
+                    found.append(pid)
+        return found
+
     def test_table(self):
         rows, (found,) = self.bench("--presets", "60m")
         first, shown = {r["figure"]: r for r in rows}, self.stdout
@@ -271,8 +281,7 @@ class Bench(unittest.TestCase):
                 (r,), _ = self.bench("--parts", "", "--kill", "1", "--comm-timeout", "1", "--", "--optimizer.lr", wrong, status=1)
                 self.assertRegex(r["notes"], words)
                 self.assertEqual(r["2 ÷ 1"], "-")
-        left = [pid for pid in filter(str.isdigit, os.listdir("/proc")) if self.folder.encode() in open(f"/proc/{pid}/cmdline", "rb").read()]
-        self.assertEqual(left, [])
+        self.assertEqual(self.processes(), [])
 
     @unittest.skipUnless(os.path.exists(PROGRAM), "no ./train_loqt; build it with make, or make cpu")
     def test_program(self):
