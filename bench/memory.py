@@ -12,30 +12,22 @@ Each case is 20 steps (--steps) with merges at the first and in the middle and a
 written to --out, as soon as they are there. bench/README.md says what is measured and how. The status is 1 if a case failed or has a remark.
 """
 import argparse
-import array
-import ctypes
-import itertools
 import json
 import os
-import random
 import shlex
 import shutil
 import signal
 import statistics
-import struct
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 
+from measure import COMMON, Driver, gib, new_report, read_plan, run_program, shown_now, synthetic_shards, work_folder, write_report
 from report import GIB, number, table
-from run import ROOT, commit, config_path, gpu_there, say
+from run import ROOT, config_path, gpu_there, say
 
 sys.path.append(os.path.join(ROOT, "scripts"))
 from summary import read_events  # noqa: E402
 
-COMMON = ["--eval.every", "0", "--checkpoint.every", "0", "--optimizer.warmup_ratio", "0.1"]
 TOLERANCE = 0.02  # between planned and measured peak, on a GPU
 HOST_LIMIT = 8 * GIB  # of a process' own host memory
 # name: preset, budget ("" = what is free), options. Two micro-batches or more a step wherever the method allows it, so that gradients are kept.
@@ -64,168 +56,6 @@ COLUMNS = ["case", "budget", "micro-batch", SETTINGS, "planned, GiB", "peak, GiB
            "host: RSS, own, GiB", "start, s", "checkpoint, s", "wall, s", "remarks"]
 PLANNED = ["case", "budget", "micro-batch", SETTINGS, "planned, GiB", "remarks"]
 BRIEF = ["case", "budget", "micro-batch", SETTINGS, "planned, GiB", "peak, GiB", "tokens/s", "later merge, s", "host, own, GiB"]
-
-
-# Data
-
-def synthetic_tokens(count, vocab, seed=0):
-    """Token ids with something to learn: frequencies by Zipf's law, and after every other token, on average, the next id in rank."""
-    rng = random.Random(seed)
-    weights = list(itertools.accumulate(1 / (rank + 2) for rank in range(vocab)))
-    tokens = array.array("H", rng.choices(range(vocab), cum_weights=weights, k=count))
-    for i, coin in enumerate(rng.choices((True, False), k=count - 1), 1):
-        if coin:
-            tokens[i] = (tokens[i - 1] + 1) % vocab
-    return tokens
-
-
-def write_shard(path, tokens):
-    """A shard of 16-bit tokens as in data/README.md."""
-    if sys.byteorder == "big":
-        tokens.byteswap()
-    with open(path, "wb") as file:
-        file.write(struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253))
-        tokens.tofile(file)
-
-
-def synthetic_shards(folder, vocab, count):
-    """A folder of at least `count` tokens, made once for a vocabulary and size."""
-    path = os.path.join(folder, f"synthetic-{vocab}-{count}")
-    if not os.path.exists(path):
-        os.makedirs(path)
-        write_shard(os.path.join(path, "synthetic_train_000000.bin"), synthetic_tokens(count, vocab))
-    return path
-
-
-# Measuring
-
-class DriverMemory(ctypes.Structure):
-    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
-
-
-class DriverProcess(ctypes.Structure):
-    _fields_ = [("pid", ctypes.c_uint), ("used", ctypes.c_ulonglong), ("gpu_instance", ctypes.c_uint), ("compute_instance", ctypes.c_uint)]
-
-
-class Driver:
-    """What the driver says about one GPU's memory, through NVML, the library under nvidia-smi: a call takes well under a millisecond."""
-
-    def __init__(self, device):
-        self.nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        self.handle = ctypes.c_void_p()
-        self.call("nvmlInit_v2")
-        index = int(device.split(":")[1]) if ":" in device else 0
-        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        name = visible[index] if index < len(visible) else str(index)
-        if name.isdigit():
-            self.call("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(int(name)), ctypes.byref(self.handle))
-        else:
-            self.call("nvmlDeviceGetHandleByUUID", name.encode(), ctypes.byref(self.handle))
-
-    def call(self, function, *arguments):
-        status = getattr(self.nvml, function)(*arguments)
-        if status:
-            raise OSError(f"{function}: status {status} of NVML")
-
-    def used(self):
-        """Bytes in use on the GPU, by whatever process."""
-        memory = DriverMemory()
-        self.call("nvmlDeviceGetMemoryInfo", self.handle, ctypes.byref(memory))
-        return memory.used
-
-    def by_process(self):
-        """{pid, as the driver knows it: bytes}; empty where the driver does not say, as in most containers."""
-        count, processes = ctypes.c_uint(64), (DriverProcess * 64)()
-        try:
-            self.call("nvmlDeviceGetComputeRunningProcesses_v3", self.handle, ctypes.byref(count), processes)
-        except (OSError, AttributeError):
-            return {}
-        return {p.pid: p.used for p in processes[:count.value] if p.used < 2**63}  # all ones: not known
-
-
-def host_memory(pid):
-    """{key: bytes} of /proc/PID/status: VmHWM (most resident so far, files included), RssAnon (the process' own now). Empty once it has ended."""
-    try:
-        with open(f"/proc/{pid}/status", encoding="utf-8") as file:
-            lines = [line.split() for line in file]
-    except OSError:
-        return {}
-    return {line[0][:-1]: int(line[1]) * 1024 for line in lines if line[0] in ("VmHWM:", "RssAnon:")}
-
-
-class Watch(threading.Thread):
-    """Keeps the highest readings of a process' memory while it runs. GPU readings are above what was used before it was started."""
-
-    def __init__(self, driver, interval=0.05):
-        super().__init__(daemon=True)
-        self.driver, self.interval, self.ended, self.pid = driver, interval, threading.Event(), None
-        self.before = self.in_use()
-        self.others = set(driver.by_process()) if driver else set()
-        self.peaks = {}
-
-    def in_use(self):
-        if not self.driver:
-            return 0
-        time.sleep(0.5)  # the driver takes a moment to clear up after a process
-        return self.driver.used()
-
-    def note(self, key, value):
-        self.peaks[key] = max(value, self.peaks.get(key, 0))
-
-    def read(self):
-        for key, value in host_memory(self.pid).items():
-            self.note({"VmHWM": "host_rss_bytes", "RssAnon": "host_own_bytes"}[key], value)
-        if self.driver:
-            self.note("driver_peak_bytes", self.driver.used() - self.before)
-            mine = [used for pid, used in self.driver.by_process().items() if pid not in self.others]
-            if mine:
-                self.note("driver_process_bytes", sum(mine))
-
-    def run(self):
-        while not self.ended.wait(self.interval):
-            self.read()
-
-    def finish(self):
-        """The highest readings, and how much more of the GPU is in use than before the start: by others, if it is not near 0."""
-        self.ended.set()
-        self.join()
-        if self.driver:
-            self.peaks["driver_left_bytes"] = self.in_use() - self.before
-        return self.peaks
-
-
-def run_program(command, log, driver, timeout):
-    """Runs it to its end. → (peaks of memory, seconds, None or the error: the last line on stderr)."""
-    watch, begin = Watch(driver), time.time()
-    with open(log, "w+", encoding="utf-8", errors="replace") as file:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file)
-        try:
-            watch.pid = process.pid
-            watch.start()
-            status = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            status = "timeout"
-        finally:
-            process.kill()  # nothing to do if it has ended
-            process.wait()
-            peaks = watch.finish()
-        file.seek(0)
-        lines = file.read().strip().splitlines()
-    error = None
-    if status == "timeout":
-        error = f"stopped after {timeout:.0f} s"
-    elif status:
-        error = lines[-1].replace("train_loqt: ", "", 1) if lines else f"ended with status {status}"
-    return peaks, time.time() - begin, error
-
-
-def read_plan(command):
-    """The object that --plan --json prints for this command. Raises ValueError with the program's message."""
-    result = subprocess.run([*command, "--plan", "--json"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"--plan ended with status {result.returncode}"]
-        raise ValueError(lines[-1].replace("train_loqt: ", "", 1))
-    return json.loads(result.stdout)
 
 
 # Figures
@@ -281,10 +111,6 @@ def remarks(r):
     if r.get("host_own_bytes", 0) > HOST_LIMIT:
         found.append(f"more than {HOST_LIMIT / GIB:.0f} GiB of host memory")
     return found
-
-
-def gib(value):
-    return "-" if value is None else f"{value / GIB:.2f}"
 
 
 def cells(r):
@@ -355,7 +181,7 @@ def measure(args, name, driver):
             return r
         data = args.data or synthetic_shards(args.work, plan["model"]["vocab"], args.steps * plan["batch"] * plan["seq_len"] + 1)
         begin = time.time()
-        peaks, r["wall_seconds"], r["error"] = run_program([*command, "--data.train", data, "--data.val", "", "--run.dir", folder], folder + ".log", driver, args.timeout)
+        (peaks,), r["wall_seconds"], r["error"] = run_program([*command, "--data.train", data, "--data.val", "", "--run.dir", folder], folder + ".log", [driver], args.timeout)
         r.update(peaks)
         if os.path.exists(os.path.join(folder, "metrics.jsonl")):
             events = read_events(folder)
@@ -434,21 +260,16 @@ def show(args, r):
 
 def run_cases(args, command):
     """Prints each case's row when it has it. → their figures."""
-    progress = sys.stderr.isatty() and not sys.stdout.isatty()  # on one terminal it would stand between the rows
     driver = Driver(args.device) if args.device.startswith("cuda") and not args.plan_only else None
-    report = {"commit": commit(), "date": time.strftime("%Y-%m-%d"), "command": command, "cases": []}
-    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+    report = new_report(args, command, cases=[])
     print(head(args.columns), flush=True)
     for name in args.names:
-        if progress:
-            say(f"{name} ...")
+        shown_now(name)
         r = measure(args, name, driver)
         r["remarks"] = remarks(r)
         report["cases"].append(r)
         show(args, r)
-        with open(args.out, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
-            file.write("\n")
+        write_report(args, report)
     return report["cases"]
 
 
@@ -466,16 +287,8 @@ def main(argv):
     if args.table1:
         print(table1(args), end="")
         return 0
-    own = args.work is None
-    args.work = tempfile.mkdtemp(prefix="train_loqt-memory-") if own else os.path.abspath(args.work)
-    os.makedirs(args.work, exist_ok=True)
-    try:
+    with work_folder(args, "memory"):
         cases = run_cases(args, "python3 bench/memory.py " + shlex.join(argv))
-    finally:
-        if own and not args.keep:
-            shutil.rmtree(args.work, ignore_errors=True)
-        elif args.keep:
-            say(f"run directories are in {args.work}")
     return 1 if any(r["remarks"] for r in cases) else 0
 
 

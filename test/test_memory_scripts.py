@@ -14,6 +14,7 @@ import unittest.mock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [os.path.join(ROOT, "bench"), os.path.join(ROOT, "scripts")]
+import measure  # noqa: E402
 import memory  # noqa: E402
 import plot_memory  # noqa: E402
 
@@ -187,10 +188,10 @@ class Figures(unittest.TestCase):
 class Parts(unittest.TestCase):
     def test_shard(self):
         with tempfile.TemporaryDirectory() as folder:
-            path = memory.synthetic_shards(folder, 50, 3000)
+            path = measure.synthetic_shards(folder, 50, 3000)
             with open(os.path.join(path, os.listdir(path)[0]), "rb") as file:
                 data = file.read()
-            self.assertEqual(memory.synthetic_shards(folder, 50, 3000), path)
+            self.assertEqual(measure.synthetic_shards(folder, 50, 3000), path)
         self.assertEqual(struct.unpack("<4i", data[:16]), (20240520, 1, 3000, 0))
         tokens = struct.unpack("<3000H", data[1024:])
         self.assertLess(max(tokens), 50)
@@ -199,10 +200,10 @@ class Parts(unittest.TestCase):
         self.assertAlmostEqual(sum(b == (a + 1) % 50 for a, b in zip(tokens, tokens[1:])) / 3000, 0.5, delta=0.1)
 
     def test_host_memory(self):
-        found = memory.host_memory(os.getpid())
+        found = measure.host_memory(os.getpid())
         self.assertGreater(found["VmHWM"], found["RssAnon"])
         self.assertGreater(found["RssAnon"], 2**20)
-        self.assertEqual(memory.host_memory(2**30), {})
+        self.assertEqual(measure.host_memory(2**30), {})
 
     def test_watch(self):
         """The highest readings count, above what was used before; processes that were there before do not."""
@@ -216,7 +217,7 @@ class Parts(unittest.TestCase):
                 return {1: 10 * GIB, **({2: 3 * GIB} if watch else {})}
 
         watch = None
-        watch = memory.Watch(Driver(), interval=60)
+        watch = measure.Watch(Driver(), interval=60)
         watch.pid = os.getpid()
         watch.start()
         for _ in range(3):
