@@ -93,8 +93,6 @@ int start_processes(const Config& config, char** argv) {
     const bool cuda = config.run.device != "cpu";
     std::string why;
     if (!Communicator::available(cuda ? DeviceKind::cuda : DeviceKind::cpu, &why)) throw UserError("run.gpus: " + why);
-    // Threads of several processes on the same cores would be in each other's way.
-    if (!cuda) setenv("OMP_NUM_THREADS", std::to_string(std::max<int64_t>(1, int64_t(std::thread::hardware_concurrency()) / config.world_size)).c_str(), 0);
     constexpr double kGrace = 75;  // a checkpoint under way may take its 60 s (Control::Uninterrupted)
     return launch_processes(int(config.world_size), argv, kGrace);
 }
@@ -147,14 +145,16 @@ void train_together(const Arguments& a, const World& world, Control& control) {
     const std::string& wanted = config.run.device;
     if (wanted.rfind("cuda:", 0) == 0) throw UserError("run.device: " + wanted + " names one GPU, but every process takes one; leave out the number");
     const bool cuda = wanted == "cuda" || (wanted == "auto" && Device::cuda_usable());
-    if (cuda && Device::cuda_usable() && world.local_rank >= Device::cuda_count())
-        throw UserError(format("rank %d wants GPU %d of its machine, which has %d", world.rank, world.local_rank, Device::cuda_count()));
-    auto device = Device::open(cuda ? "cuda:" + std::to_string(world.local_rank) : "cpu");
+    // Some launchers show every process its own GPU alone.
+    const int count = cuda ? Device::cuda_count() : 0, gpu = count == 1 ? 0 : world.local_rank;
+    if (count && gpu >= count) throw UserError(format("rank %d wants GPU %d of its machine, which has %d", world.rank, gpu, count));
+    auto device = Device::open(cuda ? "cuda:" + std::to_string(gpu) : "cpu");
     auto communicator = Communicator::connect(*device, control);
     train(arguments, config, *device, changes);
 }
 
 int run_together(const Arguments& a, const World& world) {
+    std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);  // an end from elsewhere flushes nothing
     double timeout = RunConfig().comm_timeout;  // until rank 0 has sent the configuration
     Config given;
     for (const Override& o : a.overrides)
@@ -166,7 +166,6 @@ int run_together(const Arguments& a, const World& world) {
     } catch (const std::exception& error) {
         // Most mistakes are met by all ranks at once: rank 0 is to be the one that tells.
         if (!world.root()) std::this_thread::sleep_for(std::chrono::milliseconds(500));
-        std::fflush(stdout);
         control.fail(message_of(error), exit_code_of(error));
     }
 }

@@ -147,6 +147,7 @@ void Trainer::merge(double waited) {
 
 bool Trainer::train_step() {
     double begin = wall_seconds();
+    Control::Activity computing(control(), Control::Kind::computing, format("step %lld", (long long)step_ + 1));
     std::vector<Batch> batches;
     for (int64_t i = 0; i < config_.micro_batches(); ++i) batches.push_back(stream_->next());
     double targets = 0;

@@ -146,7 +146,7 @@ bool Control::Connections::speak(double& wait) {
     if (failure) {
         Failure f = *failure;
         lock.unlock();
-        std::string message = format("rank %d: ", world.rank) + f.message;
+        std::string message = world.root() ? f.message : format("rank %d: ", world.rank) + f.message;
         if (world.root()) end_all(message, f.code);
         if (failed_at < 0) links.to[0].send(encode(kFail, Writer().number(f.code).text(f.message).bytes)), failed_at = now;
         if (!links.to[0].open() || now > failed_at + kMoment) print(message), leave(f.code);

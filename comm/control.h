@@ -46,7 +46,7 @@ class Control {
     };
 
     // This rank cannot go on: every rank ends with exit code `code`, rank 0 having printed "train_loqt: rank R: MESSAGE" on stderr (once, whoever
-    // fails first). Runs no destructors and flushes no files.
+    // fails first; "train_loqt: MESSAGE" if that is rank 0). Runs no destructors and flushes no files.
     [[noreturn]] void fail(const std::string& message, int code);
     // A collective operation failed here, as it does when another rank is gone: waits a moment for that to be known, so that the message names
     // the cause, else fails with this one and exit code 3.

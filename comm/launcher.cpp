@@ -126,7 +126,9 @@ class Children {
         }
     }
     void hurry() {
-        if (!first_failure_ || wall_seconds() < next_blow_) return;
+        if (!first_failure_) return;
+        send(SIGCONT);  // one that was stopped could not end by itself
+        if (wall_seconds() < next_blow_) return;
         send(terminated_ ? SIGKILL : SIGTERM);
         terminated_ = true;
         next_blow_ = wall_seconds() + std::min(grace_, 10.0);

@@ -324,7 +324,7 @@ TEST_CASE("A file being written is finished before the end", "[control]") {
         }, 20));
     for (bool root : {false, true}) {
         std::string line = runs[root]->ended(2, 3);
-        CHECK(has(line, root ? "rank 1: no space left" : "rank 0: no space left"));
+        CHECK(has(line, root ? "train_loqt: rank 1: no space left" : "train_loqt: no space left"));
         CHECK(file_bytes(folder / (root ? "root" : "other")) == "whole");
     }
     Run itself(2, [&](Control& control) -> int {
