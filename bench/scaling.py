@@ -38,8 +38,8 @@ from summary import read_events  # noqa: E402
 THROUGHPUT = {"60m": 1.90, "1b": 1.95}
 COMMUNICATION = {"1b": 0.03}
 MERGE, MEMORY = 0.6, 1.03
-OPTIONS = {"tiny": ["--optimizer.lr", "0.01", "--train.batch", "8", "--train.seq_len", "64"]}
-USUAL = ["--optimizer.lr", "1e-3"]
+LR = "1e-3"  # of every preset: losses of runs that should be the same are compared, and a rate that is too high drives them apart
+OPTIONS = {"tiny": ["--train.batch", "8", "--train.seq_len", "64"]}
 FIXED = ["train.recompute", "train.effective_weights", "optimizer.embedding_moments"]  # as planned for one GPU in all runs of a preset
 WARM = 3  # steps left out at the start: algorithms are tried, connections made
 FAST_STEPS, KILL_STEPS, KILL_EVERY = 8, 24, 6  # steps of a run for fast merges; of one whose ranks are killed, and between its checkpoints
@@ -194,7 +194,7 @@ def show(entry, found):
 
 def base_command(args, preset, gpus):
     return [args.binary, "--config", os.path.abspath(config_path(preset)) if os.path.exists(config_path(preset)) else preset, "--run.device", args.device, *COMMON,
-            *OPTIONS.get(preset, USUAL), *args.overrides, "--run.gpus", str(gpus)]
+            "--optimizer.lr", LR, *OPTIONS.get(preset, []), *args.overrides, "--run.gpus", str(gpus)]
 
 
 def prepare(args, preset):
@@ -281,15 +281,17 @@ def trained(folder):
 def run_to_end(args, arguments, folder):
     """Raises ValueError with the program's message if it fails."""
     os.makedirs(folder, exist_ok=True)
-    process = subprocess.Popen([args.binary, *arguments], cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
-    try:
-        _, errors = process.communicate(timeout=args.timeout)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"stopped after {args.timeout:.0f} s") from None
-    finally:
-        kill_all(process)
-    if process.returncode:
-        raise ValueError(message_of(errors.strip().splitlines(), process.returncode))
+    with open(folder + ".log", "w+", encoding="utf-8", errors="replace") as file:  # no pipe: a process left over would keep it open
+        process = subprocess.Popen([args.binary, *arguments], cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file)
+        try:
+            status = process.wait(args.timeout)
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"stopped after {args.timeout:.0f} s") from None
+        finally:
+            kill_all(process)
+        file.seek(0)
+        if status:
+            raise ValueError(message_of(file.read().strip().splitlines(), status))
 
 
 def kill_rank(args, command, folder, rank, step, wait):
