@@ -46,7 +46,7 @@ class NcclCommunicator : public Communicator {
         CUDA_CHECK(cudaEventCreateWithFlags(&queued_, cudaEventDisableTiming));
         CUDA_CHECK(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming));
         on_host_ = pinned();
-        on_device_ = static_cast<double*>(device.allocate(kSumValues * int64_t(sizeof(double)), "sums over ranks"));
+        CUDA_CHECK(cudaMalloc(&on_device_, kSumValues * sizeof(double)));  // not through the device: library_bytes has it, as all that is taken here
 
         setenv("NCCL_NVLS_ENABLE", "0", /*overwrite=*/0);
         ncclUniqueId id;
@@ -70,7 +70,7 @@ class NcclCommunicator : public Communicator {
             Control::Activity activity(&control_, Control::Kind::waiting, "closing NCCL");
             ncclCommDestroy(comm_);
         }
-        device_.release(on_device_);
+        cudaFree(on_device_);
         cudaFreeHost(on_host_);
         cudaEventDestroy(done_);
         cudaEventDestroy(queued_);
