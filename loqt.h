@@ -190,6 +190,7 @@ class LinearGroup {
     std::vector<Tensor> remade(const Linear& l) const;
     bool owns(const Device& device, const Linear& l) const;
     void project_one(Device& device, Linear& l, Tensor dy, Tensor x, const BackwardPass& pass);
+    Device* idle_worker(Device& device, const Linear& l) const;
     NextProjection scratch_projection(ScratchScope& scope, const Linear& l) const;
     void reinitialize_one(Device& device, Linear& l, const NextProjection& next, int64_t step, const WeightSource* source);
     // w ← beta·w + factor·P·B as the matrix has it (out, in); all f32.

@@ -47,11 +47,11 @@ void LinearGroup::project_gradients(Device& device, Tensor dy, Tensor x, const B
     if (!pass.last) return;
     // With workers the backward pass goes on meanwhile, and what counts is the wait at its end (StepGradients::waited).
     bool timed = !device.workers();
-    if (timed) device.synchronize();
+    if (timed) Communicator::synchronize(device, "the backward pass");
     for (Linear& l : linears_) {
         double begin = wall_seconds();
         project_one(device, l, dy, x, pass);
-        if (timed) device.synchronize();
+        if (timed) Communicator::synchronize(device, "a new projection");
         l.projection_seconds = timed ? wall_seconds() - begin : 0;
     }
 }
@@ -69,14 +69,23 @@ Tensor LinearGroup::dense_gradient(Device& device, ScratchScope& scope, const Li
     return Tensor{g.data, g.dtype, l.out, l.in, g.ld};
 }
 
+// A worker without a job. The jobs of all may be waiting for a gradient to which a rank that hangs does not come, so the watch over the ranks has to know; and
+// all ranks enter the same waits, also those that need no worker.
+Device* LinearGroup::idle_worker(Device& device, const Linear& l) const {
+    Communicator* ranks = device.communicator();
+    Control::Activity waits(ranks ? &ranks->control() : nullptr, Control::Kind::waiting, "a new projection");
+    return owns(device, l) ? &device.workers()->idle() : nullptr;
+}
+
 // The Gram matrix on this device; its eigenvectors, and the merge if it is due now, on a worker's, if there are workers.
 void LinearGroup::project_one(Device& device, Linear& l, Tensor dy, Tensor x, const BackwardPass& pass) {
+    Device* worker = device.workers() ? idle_worker(device, l) : nullptr;
     if (!owns(device, l)) {
         ScratchScope scope(device);
         dense_gradient(device, scope, l, dy, x, pass);
         return;
     }
-    Device& helper = device.workers() ? device.workers()->idle() : device;
+    Device& helper = worker ? *worker : device;
     auto scratch = std::make_shared<JobScratch>(helper);
     const bool at_once = bool(pass.update);
     CHECK_INTERNAL(at_once || !merges_inside_backward(*config_), "%s: no place for its next projection", l.name.c_str());

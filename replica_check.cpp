@@ -23,6 +23,7 @@ void ReplicaCheck::verify(int64_t step) {
     Communicator* ranks = device_.communicator();
     if (!ranks) return;
     for (size_t i = 0; i < saved_.size(); ++i) checksum(device_, sums_, int64_t(i), saved_[i]->holder->data, saved_[i]->holder->bytes());
+    Communicator::synchronize(device_, "the checksums");
     std::vector<uint64_t> mine(saved_.size());
     device_.download(mine.data(), sums_, int64_t(mine.size() * sizeof(uint64_t)));
     for (const Parameter* p : model_.parameters()) mine.push_back(uint64_t(p->updates) * 2 + p->active);

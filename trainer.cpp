@@ -136,7 +136,7 @@ void Trainer::merge(double waited) {
     MergeStatistics s = model_->merge(step_, source_ ? &source_ : nullptr);
     s.projection_seconds += waited;
     if (model_->projected_matrices() == model_->matrices()) source_ = nullptr;
-    device_.synchronize();
+    Communicator::synchronize(device_, "a merge");
     double done = std::max(1, s.matrices - s.failed);
     record("merge", {{"step", step_}, {"seconds", wall_seconds() - begin + s.projection_seconds}, {"projection_seconds", s.projection_seconds},
                               {"quant_error", s.quant_error / done},
@@ -175,7 +175,7 @@ bool Trainer::train_step() {
     if (finite) apply_gradients(device_, *model_, config_, plan, gradients.norm);
     else handle_nonfinite(gradients);
     if (plan.merges && (finite || gradients.updated)) merge(gradients.waited);
-    device_.synchronize();
+    Communicator::synchronize(device_, "the end of a step");
     ++step_;
     ++steps_here_;
     report_step(gradients.loss, gradients.norm, plan.lr, wall_seconds() - begin);

@@ -60,7 +60,7 @@ StepGradients accumulate_gradients(Device& device, Llama& model, const Config& c
     reduction.finish();
     if (result.updated) model.invalidate();  // also where the step ends here, because its gradient is not finite
     if (plan.merges && device.workers()) {
-        device.synchronize();  // the backward pass itself
+        Communicator::synchronize(device, "the backward pass");
         double begin = wall_seconds();
         device.workers()->finish();
         result.waited = wall_seconds() - begin + device.workers()->take_waited();

@@ -96,6 +96,11 @@ void Communicator::finish() {
     queue_finish();
 }
 
+void Communicator::synchronize(Device& device, const char* what) {
+    Control::Activity activity(device.communicator() ? &device.communicator()->control() : nullptr, Control::Kind::waiting, what);
+    device.synchronize();
+}
+
 void Communicator::sum(std::vector<double>& values, const char* what) {
     Control::Activity activity(&control_, Control::Kind::waiting, what);
     sum_now(values, what);

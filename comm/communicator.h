@@ -21,6 +21,10 @@ class Communicator {
     virtual ~Communicator();
     Communicator(const Communicator&) = delete;
 
+    // device.synchronize(), as a wait that the watch over the ranks knows of: what the device has to do may wait for another rank that hangs. All ranks
+    // call it. Without a communicator nothing but that.
+    static void synchronize(Device& device, const char* what);
+
     Control& control() const { return control_; }
     int rank() const { return control_.world().rank; }
     int size() const { return control_.world().size; }
