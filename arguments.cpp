@@ -56,13 +56,13 @@ std::vector<std::string> with_underscores(int argc, char** argv) {
     return arguments;
 }
 
-// A run is resumed with its own config.json; says where the file named beside --resume differs, leaving out what a run resolves itself.
-void note_ignored_file(const std::string& name, Config file, const Config& stored) {
+// A run is resumed with its own config.json: where the file named beside --resume differs, leaving out what a run resolves itself.
+std::string ignored_file_remark(const std::string& name, Config file, const Config& stored) {
     file.run.dir = stored.run.dir, file.train.micro_batch = stored.train.micro_batch;
     file.train.effective_weights = stored.train.effective_weights, file.train.recompute = stored.train.recompute, file.model.kv_heads = stored.model.kv_heads;
     std::string list;
     for (const std::string& difference : config_differences(file, stored)) list += (list.empty() ? "" : ", ") + difference;
-    if (!list.empty()) std::fprintf(stderr, "resuming with the run's own config.json, which differs from %s: %s\n", name.c_str(), list.c_str());
+    return list.empty() ? "" : "resuming with the run's own config.json, which differs from " + name + ": " + list;
 }
 
 // A stored micro-batch was made for another number of ranks: the largest below it that every rank's share of a batch is a multiple of.
@@ -139,7 +139,7 @@ int64_t processes_wanted(const Config& config) {
     return config.run.gpus ? config.run.gpus : usable;
 }
 
-Config configure(const Arguments& a, bool existing_run, const RankCount& ranks, std::vector<std::string>& changes) {
+Config configure(const Arguments& a, bool existing_run, const RankCount& ranks, std::vector<std::string>& changes, std::string& remark) {
     Config config;
     if (!a.config_file.empty()) {
         std::string file = find_config_file(a.config_file, a.program_dir + "/train_loqt");
@@ -181,6 +181,6 @@ Config configure(const Arguments& a, bool existing_run, const RankCount& ranks, 
     fit_micro_batch(a, resumed);
     validate_config(resumed);
     changes = config_differences(stored, resumed);
-    if (a.resume && !a.config_file.empty()) note_ignored_file(a.config_file, config, stored);
+    if (a.resume && !a.config_file.empty()) remark = ignored_file_remark(a.config_file, config, stored);
     return resumed;
 }

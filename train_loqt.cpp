@@ -131,7 +131,9 @@ void train_together(const Arguments& a, const World& world, Control& control) {
     Config config;
     std::vector<std::string> changes;
     if (world.root()) {
-        config = configure(a, a.resume, [&](const Config&) { return int64_t(world.size); }, changes);
+        std::string remark;
+        config = configure(a, a.resume, [&](const Config&) { return int64_t(world.size); }, changes, remark);
+        if (!remark.empty()) std::fprintf(stderr, "%s\n", remark.c_str());
         refuse_second_run(a, config);
     }
     json task = json::parse(control.broadcast(json{{"config", config_to_json(config)}, {"resume", a.resume}, {"changes", changes}}.dump()));
@@ -179,7 +181,10 @@ int run(int argc, char** argv, const World& world) {
     auto planned = [](const Config& config) { return std::max<int64_t>(1, config.run.gpus); };
     auto one = [](const Config&) { return int64_t(1); };
     std::vector<std::string> changes;
-    Config config = configure(a, a.resume || a.sample || !a.export_dir.empty(), trains ? RankCount(processes_wanted) : a.plan ? RankCount(planned) : RankCount(one), changes);
+    std::string remark;
+    Config config = configure(a, a.resume || a.sample || !a.export_dir.empty(), trains ? RankCount(processes_wanted) : a.plan ? RankCount(planned) : RankCount(one), changes, remark);
+    const bool starts_others = trains && config.world_size > 1;
+    if (!remark.empty() && !starts_others) std::fprintf(stderr, "%s\n", remark.c_str());  // else their rank 0 says it
     if (a.plan) return print_plan(a, config), 0;
     if (a.sample || !a.export_dir.empty()) {
         auto device = Device::open(config.run.device);
