@@ -147,6 +147,10 @@ void train_together(const Arguments& a, const World& world, Control& control) {
     const std::string& wanted = config.run.device;
     if (wanted.rfind("cuda:", 0) == 0) throw UserError("run.device: " + wanted + " names one GPU, but every process takes one; leave out the number");
     const bool cuda = wanted == "cuda" || (wanted == "auto" && Device::cuda_usable());
+    // Where the driver of one machine fails, auto is the CPU there.
+    const std::vector<std::string> kinds = control.gather(cuda ? "a GPU" : "the CPU");
+    for (size_t rank = 0; rank < kinds.size(); ++rank)
+        if (kinds[rank] != kinds[0]) throw UserError(format("run.device: rank 0 trains on %s, rank %zu on %s; --device cuda says what is wrong", kinds[0].c_str(), rank, kinds[rank].c_str()));
     // Some launchers show every process its own GPU alone.
     const int count = cuda ? Device::cuda_count() : 0, gpu = count == 1 ? 0 : world.local_rank;
     if (count && gpu >= count) throw UserError(format("rank %d wants GPU %d of its machine, which has %d", world.rank, gpu, count));
@@ -193,7 +197,7 @@ int run(int argc, char** argv, const World& world) {
         return 0;
     }
     refuse_second_run(a, config);
-    if (config.world_size > 1) return start_processes(config, argv);
+    if (starts_others) return start_processes(config, argv);
     auto device = Device::open(config.run.device);
     train(a, config, *device, changes);
     return 0;

@@ -33,6 +33,7 @@ Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, b
     : config_(config), device_(device), ranks_(device.communicator()), planned_bytes_(plan.total), peak_(peak_flops(device)), started_(wall_seconds()) {
     train_data_ = std::make_unique<TokenDataset>(data_options(config_, config_.data.train, "train", config_.data.shuffle));
     if (!config_.data.val.empty()) val_data_ = std::make_unique<TokenDataset>(data_options(config_, config_.data.val, "val", false));
+    check_same_data();
 
     // Making the weights of a large model on a CPU takes minutes: whoever expected a GPU should not wait for that.
     if (std::string why; root() && config_.run.device == "auto" && !Device::cuda_usable(&why)) std::fprintf(stderr, "training on the CPU, without a usable GPU: %s\n", why.c_str());
@@ -50,6 +51,17 @@ Trainer::Trainer(const Config& config, Device& device, const MemoryPlan& plan, b
     const uint64_t first = uint64_t(step_) * uint64_t(config_.train.batch), rows = uint64_t(config_.train.micro_batch), rank = ranks_ ? uint64_t(ranks_->rank()) : 0;
     stream_ = std::make_unique<BatchStream>(*train_data_, first + rank * rows, config_.train.micro_batch, rows * uint64_t(config_.world_size));
     if (root()) announce(resume, plan, changes);
+}
+
+// With other shards on one machine samples would be left out and others seen twice, and nobody would know.
+void Trainer::check_same_data() const {
+    if (!ranks_) return;
+    std::string found = format("%llu training tokens", (unsigned long long)train_data_->tokens());
+    if (val_data_) found += format(" and %llu validation tokens", (unsigned long long)val_data_->tokens());
+    const std::vector<std::string> all = ranks_->control().gather(found);
+    for (size_t rank = 0; rank < all.size(); ++rank)
+        if (all[rank] != all[0])
+            throw UserError(format("data.train, data.val: rank %zu finds %s, rank 0 %s; all machines need the same shards", rank, all[rank].c_str(), all[0].c_str()));
 }
 
 // What is being done, on the terminal and in metrics.jsonl.

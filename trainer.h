@@ -30,6 +30,7 @@ class Trainer {
     void open_initial_weights();  // random numbers or another model
     void initialize();            // from these, which stay open only as long as a first merge may start from them
     void announce(bool resume, const MemoryPlan& plan, const std::vector<std::string>& changes);
+    void check_same_data() const;  // on all ranks
     void start_fresh();
     void restore();
     // False, and no step taken, if any rank was asked to stop.

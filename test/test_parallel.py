@@ -2,6 +2,7 @@
 
 python3 test/test_parallel.py [CLASS[.TEST]], after make or make cpu. LOQT_TEST_DEVICE=cuda takes two GPUs. See program.py for settings.
 """
+import json
 import os
 import random
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import unittest
 
@@ -249,6 +251,28 @@ class StartTest(ParallelTest):
         results = [process.communicate(timeout=60) for process in processes]
         self.assertEqual([process.returncode for process in processes], [0, 0], results)
         self.assertEqual(os.listdir(elsewhere), ["shards"])
+
+    def test_other_data_on_another_machine(self):
+        name, port, elsewhere = self.name(), self.free_port(), path(f"other-data-{self.rng.random()}")
+        os.makedirs(elsewhere)
+        with open(path("text.txt")) as f, open(os.path.join(elsewhere, "text.txt"), "w") as shorter:
+            shorter.write(f.read()[:10000])
+        tokenize = [sys.executable, os.path.join(program.ROOT, "data", "tokenize.py"), "text.txt", "--tokenizer", "bytes", "--val-fraction", "0.1", "--quiet", "--out", "shards"]
+        subprocess.run(tokenize, cwd=elsewhere, check=True, stdout=subprocess.DEVNULL)
+        processes = [subprocess.Popen([PROGRAM, *map(str, new_run(name))], cwd=folder, env=self.environment(rank, 2, port), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                     for rank, folder in enumerate((program.folder, elsewhere))]
+        results = [process.communicate(timeout=60) for process in processes]
+        self.assertEqual([process.returncode for process in processes], [2, 2], results)
+        self.assertRegex(results[0][1], r"^train_loqt: data\.train, data\.val: rank 1 finds \d+ training tokens[^\n]*\n$")
+        self.assertFalse(os.path.exists(path(name)))
+
+    def test_remark_on_the_config_file_is_made_once(self):
+        name = self.train_by(2)
+        with open(path("other.json"), "w") as f:
+            json.dump({**program.CONFIG, "eval": {"every": 4}}, f)
+        errors = self.succeed("--config", "other.json", "--resume", "--run.dir", name).stderr
+        self.assertEqual(len(errors.splitlines()), 1, errors)
+        self.assertIn("other.json", errors)
 
     def test_mistakes(self):
         self.mistake(new_run(self.name(), "--gpus", 3), "train.batch", "4", "3")
