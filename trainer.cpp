@@ -71,7 +71,7 @@ void Trainer::announce(bool resume, const MemoryPlan& plan, const std::vector<st
     note(format("data: %s training tokens (%.2f epochs in this run), %s validation tokens; each step %s%lld × %lld sequences of %lld tokens",
                            human_count(double(train_data_->tokens())).c_str(),
                            double(config_.train.steps * config_.train.batch) / double(train_data_->samples()),
-                           human_count(val_data_ ? double(val_data_->tokens()) : 0.0).c_str(), ranks_ ? format("%lld GPUs × ", (long long)config_.world_size).c_str() : "", (long long)config_.micro_batches(),
+                           human_count(val_data_ ? double(val_data_->tokens()) : 0.0).c_str(), ranks_ ? format("%lld %s × ", (long long)config_.world_size, device_.is_cuda() ? "GPUs" : "processes").c_str() : "", (long long)config_.micro_batches(),
                            (long long)config_.train.micro_batch, (long long)config_.train.seq_len));
     if (peak_.flops > 0)
         note(format("MFU: FLOPs that %s needs, of a peak of %.0f TFLOP/s (%s); 6N: TFLOP/s of a full-rank run with as many tokens a second",
