@@ -73,21 +73,20 @@ void Trainer::announce(bool resume, const MemoryPlan& plan, const std::vector<st
     std::string changed;
     for (const std::string& change : changes) changed += (changed.empty() ? "" : ", ") + change;
     record(resume ? "resume" : "start",
-                    {{"step", step_}, {"device", device_.name()}, {"gpus", config_.world_size}, {"method", config_.method.name}, {"parameters", parameter_count(config_)},
-                     {"micro_batch", config_.train.micro_batch}, {"effective_weights", config_.train.effective_weights}, {"recompute", config_.train.recompute}, {"merge_workers", int64_t(plan.workers)},
-                     {"peak_tflops", peak_.flops > 0 ? peak_.flops * 1e-12 : NAN}, {"peak_source", peak_.source},
-                     {"train_tokens", int64_t(train_data_->tokens())}, {"planned_bytes", planned_bytes_}, {"changed", changed}});
-    note(format("%s: %s, %s parameters, %s on %s", config_.run.dir.c_str(), resume ? format("resumed at step %lld", (long long)step_).c_str() : "new run",
-                           human_count(double(parameter_count(config_))).c_str(), config_.method.name.c_str(),
-                           (ranks_ ? format("%lld × ", (long long)config_.world_size) + device_.name() : device_.name()).c_str()));
+           {{"step", step_}, {"device", device_.name()}, {"gpus", config_.world_size}, {"method", config_.method.name}, {"parameters", parameter_count(config_)},
+            {"micro_batch", config_.train.micro_batch}, {"effective_weights", config_.train.effective_weights}, {"recompute", config_.train.recompute}, {"merge_workers", int64_t(plan.workers)},
+            {"peak_tflops", peak_.flops > 0 ? peak_.flops * 1e-12 : NAN}, {"peak_source", peak_.source},
+            {"train_tokens", int64_t(train_data_->tokens())}, {"planned_bytes", planned_bytes_}, {"changed", changed}});
+    const std::string ranks = ranks_ ? format("%lld ", (long long)config_.world_size) : "";
+    note(format("%s: %s, %s parameters, %s on %s%s", config_.run.dir.c_str(), resume ? format("resumed at step %lld", (long long)step_).c_str() : "new run",
+                human_count(double(parameter_count(config_))).c_str(), config_.method.name.c_str(), (ranks_ ? ranks + "× " : "").c_str(), device_.name().c_str()));
     note(format("data: %s training tokens (%.2f epochs in this run), %s validation tokens; each step %s%lld × %lld sequences of %lld tokens",
-                           human_count(double(train_data_->tokens())).c_str(),
-                           double(config_.train.steps * config_.train.batch) / double(train_data_->samples()),
-                           human_count(val_data_ ? double(val_data_->tokens()) : 0.0).c_str(), ranks_ ? format("%lld GPUs × ", (long long)config_.world_size).c_str() : "", (long long)config_.micro_batches(),
-                           (long long)config_.train.micro_batch, (long long)config_.train.seq_len));
+                human_count(double(train_data_->tokens())).c_str(), double(config_.train.steps * config_.train.batch) / double(train_data_->samples()),
+                human_count(val_data_ ? double(val_data_->tokens()) : 0.0).c_str(), (ranks_ ? ranks + (device_.is_cuda() ? "GPUs × " : "processes × ") : "").c_str(),
+                (long long)config_.micro_batches(), (long long)config_.train.micro_batch, (long long)config_.train.seq_len));
     if (peak_.flops > 0)
-        note(format("MFU: FLOPs that %s needs, of a peak of %.0f TFLOP/s (%s); 6N: TFLOP/s of a full-rank run with as many tokens a second",
-                               config_.method.name.c_str(), peak_.flops * 1e-12, peak_.source));
+        note(format("MFU: FLOPs that %s needs, of a peak of %.0f TFLOP/s (%s); 6N: TFLOP/s of a full-rank run with as many tokens a second", config_.method.name.c_str(),
+                    peak_.flops * 1e-12, peak_.source));
 }
 
 void Trainer::record(const char* event, const std::vector<Field>& fields) {

@@ -56,7 +56,7 @@ class Run {
         std::string line = processes.said(speaker);
         INFO(line);
         CHECK(std::count(line.begin(), line.end(), '\n') == 1);
-        CHECK(line.rfind("train_loqt: rank", 0) == 0);
+        CHECK(line.rfind("train_loqt: ", 0) == 0);
         return line;
     }
     Processes processes;

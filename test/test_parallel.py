@@ -76,25 +76,26 @@ class ParallelTest(ProgramTest):
 
 
 class SameTrainingTest(ParallelTest):
-    # Title: options, and how far losses may be from those of one process. Sums come in another order, which Adam's first steps, of lr in every element
-    # however small its gradient, make something of; where it moves codes of NF4 at a merge, differences are those of one process between two sizes of the
-    # micro-batch (0.03 in some runs).
-    QUANTIZED = 0.08
+    # Title: options, and how far losses may be from those of one process. Sums come in another order; that is all where nothing is factorized. The columns
+    # of P that belong to small singular values move with it, as do codes of NF4, and micro-batches of another size ("per layer") round otherwise from
+    # the start: 60 runs were at most 2.1e-2 apart.
+    SUMS, FACTORS, CODES = 1e-6, 2e-2, 6e-2
     VARIANTS = {
-        "full": (("--method.name", "full"), 1e-3), "lora": (("--method.name", "lora"), 1e-3), "relora": (("--method.name", "relora", "--relora_warmup", 2), 1e-2),
-        "galore": (("--method.name", "galore", "--scale", 1), 1e-2), "galore per layer": (("--method.name", "galore", "--scale", 1, "--updates", "per_layer", "--micro_batch", "auto"), QUANTIZED),
-        "loqt-nq": (("--method.name", "loqt-nq"), 1e-2), "loftq": (("--method.name", "loftq"), 1e-2),
-        "loqt": ((), QUANTIZED), "clipped": (("--clip", 0.5), QUANTIZED), "8-bit gradients": (("--gradients", "int8", "--micro_batch", 1), QUANTIZED),
-        "reset": (("--moments_at_merge", "reset"), QUANTIZED), "project": (("--moments_at_merge", "project", "--moments", "int8"), QUANTIZED),
-        "subspace": (("--projection", "subspace"), QUANTIZED), "per layer": (("--updates", "per_layer", "--micro_batch", "auto"), QUANTIZED),
-        "masked rows": (("--data.train", "rows", "--data.val", "rows", "--data.layout", "rows"), QUANTIZED),
+        "full": (("--method.name", "full"), SUMS), "lora": (("--method.name", "lora"), SUMS), "relora": (("--method.name", "relora", "--relora_warmup", 2), SUMS),
+        "loftq": (("--method.name", "loftq"), SUMS), "galore": (("--method.name", "galore", "--scale", 1), FACTORS), "loqt-nq": (("--method.name", "loqt-nq"), FACTORS),
+        "galore per layer": (("--method.name", "galore", "--scale", 1, "--updates", "per_layer", "--micro_batch", "auto"), CODES),
+        "loqt": ((), CODES), "clipped": (("--clip", 0.5), CODES), "8-bit gradients": (("--gradients", "int8", "--micro_batch", 1), CODES),
+        "reset": (("--moments_at_merge", "reset"), CODES), "project": (("--moments_at_merge", "project", "--moments", "int8"), CODES),
+        "subspace": (("--projection", "subspace"), CODES), "per layer": (("--updates", "per_layer", "--micro_batch", "auto"), CODES),
+        "masked rows": (("--data.train", "rows", "--data.val", "rows", "--data.layout", "rows"), CODES),
         "last micro-batch": (("--projection_gradient", "last", "--micro_batch", 1), None),  # twice as many sequences with two processes
     }
 
     def test_variants(self):
-        for title, (options, tolerance) in self.VARIANTS.items():
+        share, of = map(int, os.environ.get("LOQT_TEST_SHARE", "0/1").split("/"))  # as in test_program.py
+        for title, (options, tolerance) in list(self.VARIANTS.items())[share::of]:
             with self.subTest(title):
-                options = ("--steps", 8, "--merge_gap", 3, "--verify_every", 1, *options)
+                options = ("--steps", 8, "--merge_gap", 3, "--lr", 1e-3, "--verify_every", 1, *options)
                 one, two = self.train_by(1, *options), self.train_by(2, *options)
                 again = self.train_by(2, *options)
                 self.assert_same_run(again, two, title)
@@ -125,7 +126,8 @@ class SameTrainingTest(ParallelTest):
         self.assertEqual([e["tokens"] for e in events if e["event"] == "train"][-1], 12 * 4 * 32)
 
     def test_resumed_by_another_number(self):
-        reference = self.train_by(2, "--checkpoint.every", 1)
+        options = ("--checkpoint.every", 1, "--lr", 1e-3)
+        reference = self.train_by(2, *options)
         step = self.rng.randrange(1, 11)
         again = self.copy_until(reference, step)
         self.succeed("--resume", "--run.dir", again)  # run.gpus is in the run's configuration
@@ -135,12 +137,12 @@ class SameTrainingTest(ParallelTest):
             self.succeed("--resume", "--run.dir", other, "--gpus", processes)  # micro-batches of 1 instead of 2 where there are four
             self.assertEqual([e["gpus"] for e in metrics(other) if e["event"] == "resume"], [processes])
             for number, loss in series(other).items():
-                self.assertAlmostEqual(float(loss), float(series(reference)[number]), delta=SameTrainingTest.QUANTIZED, msg=f"seed {program.SEED}: {processes} from {step}")
-        one = self.train_by(1, "--checkpoint.every", 1)
+                self.assertAlmostEqual(float(loss), float(series(reference)[number]), delta=self.CODES, msg=f"seed {program.SEED}: {processes} from {step}")
+        one = self.train_by(1, *options)
         other = self.copy_until(one, step)
         self.succeed("--resume", "--run.dir", other, "--gpus", 2)
         for number, loss in series(other).items():
-            self.assertAlmostEqual(float(loss), float(series(one)[number]), delta=SameTrainingTest.QUANTIZED, msg=f"seed {program.SEED}: one, then two from {step}")
+            self.assertAlmostEqual(float(loss), float(series(one)[number]), delta=self.CODES, msg=f"seed {program.SEED}: one, then two from {step}")
 
 
 class EndTest(ParallelTest):
