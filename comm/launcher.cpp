@@ -22,6 +22,9 @@
 
 namespace {
 
+// In which ranks that are connected end by themselves, but for a file they finish. One that looks for a rank 0 that is gone would do so until --comm-timeout.
+constexpr double kMoment = 3;
+
 int usable_cores() {
     cpu_set_t cores;
     return sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
@@ -122,16 +125,16 @@ class Children {
             child.running = false;
             if (child.status == 0 || first_failure_) continue;
             first_failure_ = &child;
-            next_blow_ = wall_seconds() + grace_;
+            next_blow_ = wall_seconds() + std::min(grace_, kMoment);
         }
     }
     void hurry() {
         if (!first_failure_) return;
         send(SIGCONT);  // one that was stopped could not end by itself
         if (wall_seconds() < next_blow_) return;
-        send(terminated_ ? SIGKILL : SIGTERM);
+        send(terminated_ ? SIGKILL : SIGTERM);  // by the first a rank at work still finishes its file
         terminated_ = true;
-        next_blow_ = wall_seconds() + std::min(grace_, 10.0);
+        next_blow_ = wall_seconds() + grace_;
     }
     void report() const {
         if (!first_failure_ || !WIFSIGNALED(first_failure_->status)) return;

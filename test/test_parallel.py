@@ -168,6 +168,16 @@ class EndTest(ParallelTest):
             self.succeed("--resume", "--run.dir", name)
             self.assert_same_run(name, reference, f"rank {rank} killed")
 
+    def test_killed_before_others_know_it(self):
+        for rank in (0, 1):
+            name, process = self.begin()
+            while rank not in children(process):
+                pass
+            os.kill(children(process)[rank], signal.SIGKILL)
+            code, errors = self.ended(process, 15)
+            self.assertNotEqual(code, 0)
+            self.assertRegex(errors, rf"^train_loqt: [^\n]*rank {rank}\b[^\n]*\n$")
+
     def test_stopped_rank(self):
         name, process = self.begin("--comm-timeout", 2)
         self.wait_for_steps(process, name, 6)
