@@ -172,7 +172,7 @@ class EndTest(ParallelTest):
         for rank in (0, 1):
             name, process = self.begin()
             while rank not in children(process):
-                pass
+                self.assertIsNone(process.poll())
             os.kill(children(process)[rank], signal.SIGKILL)
             code, errors = self.ended(process, 15)
             self.assertNotEqual(code, 0)
