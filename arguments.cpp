@@ -65,10 +65,13 @@ std::string ignored_file_remark(const std::string& name, Config file, const Conf
     return list.empty() ? "" : "resuming with the run's own config.json, which differs from " + name + ": " + list;
 }
 
-// A stored micro-batch was made for another number of ranks: the largest below it that every rank's share of a batch is a multiple of.
+bool was_given(const Arguments& a, const char* key) {
+    return std::any_of(a.overrides.begin(), a.overrides.end(), [&](const Override& o) { return o.key == key; });
+}
+
+// A stored micro-batch may be for another number of ranks: the largest up to it that every rank's share of a batch is a multiple of.
 void fit_micro_batch(const Arguments& a, Config& config) {
-    for (const Override& o : a.overrides)
-        if (o.key == "train.micro_batch") return;
+    if (was_given(a, "train.micro_batch") || was_given(a, "train.updates")) return;
     int64_t& rows = config.train.micro_batch;
     if (rows == 0 || config.train.batch % config.world_size) return;
     rows = std::min(rows, config.rank_batch());

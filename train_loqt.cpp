@@ -135,6 +135,9 @@ void train_together(const Arguments& a, const World& world, Control& control) {
         config = configure(a, a.resume, [&](const Config&) { return int64_t(world.size); }, changes, remark);
         if (!remark.empty()) std::fprintf(stderr, "%s\n", remark.c_str());
         refuse_second_run(a, config);
+        for (const Override& o : a.overrides)
+            if (o.key == "run.gpus" && world.launcher != "train_loqt" && config.run.gpus != world.size)
+                throw UserError(format("run.gpus: %lld, but %s has started %d processes; leave it out", (long long)config.run.gpus, world.launcher.c_str(), world.size));
     }
     json task = json::parse(control.broadcast(json{{"config", config_to_json(config)}, {"resume", a.resume}, {"changes", changes}}.dump()));
     Arguments arguments = a;

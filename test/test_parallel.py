@@ -295,6 +295,15 @@ class StartTest(ParallelTest):
         existing = self.train_by(2)
         self.mistake(new_run(existing, "--gpus", 2), "already holds a run")
 
+    def test_another_launcher_decides_how_many(self):
+        port = self.free_port()
+        processes = [subprocess.Popen([PROGRAM, *map(str, new_run(self.name(), "--gpus", 4))], cwd=program.folder, env=self.environment(rank, 2, port), stdout=subprocess.PIPE,
+                                      stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+        self.assertEqual([process.returncode for process in processes], [2, 2])
+        self.assertRegex(errors[0], r"^train_loqt: run\.gpus: 4, but torchrun has started 2 processes; leave it out\n$")
+        self.assertEqual(errors[1], "")
+
     def test_missing_rank(self):
         line = self.mistake(new_run(self.name(), "--comm-timeout", 1.5), "rank 1", environment=self.environment(0, 2, self.free_port()))
         self.assertNotIn("\n", line)
