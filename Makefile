@@ -77,7 +77,7 @@ cpu:
 	@$(MAKE) --no-print-directory CUDA=0 all
 
 $(BUILD)/train_loqt: $(BUILD)/train_loqt.o $(CORE_OBJ)
-	@echo "link $@"
+	@echo "link $@, $(if $(NVCC),for GPUs$(if $(NCCL_LIBRARY), (several: with NCCL), (one: no NCCL found)),for CPUs)$(if $(HAVE_GLOO),$(comma) several CPU processes with Gloo)"
 	$(Q)$(CXX) $(HOST) -o $@ $^ $(CUDA_LIBS) $(LIBS)
 
 $(BUILD)/bench_step: $(BUILD)/bench/bench_step.o $(CORE_OBJ)

@@ -166,5 +166,7 @@ int64_t memory_budget(const Config& config, const Device* device) {
     if (!device) return 0;
     // What is free now, with a margin for what libraries allocate later, and what the open device has taken already: the plan counts it.
     const int64_t taken = library_bytes(device->kind()) + (device->communicator() ? Communicator::library_bytes(device->kind()) : 0);
-    return int64_t(0.95 * double(device->free_bytes())) + taken;
+    // The processes of a run on CPUs are taken to share one machine.
+    const int64_t sharers = device->is_cuda() ? 1 : config.world_size;
+    return int64_t(0.95 * double(device->free_bytes()) / double(sharers)) + taken;
 }

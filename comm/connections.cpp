@@ -211,9 +211,11 @@ void Control::Connections::handle(int rank, const Frame& frame) {
         int code = int(reader.number());
         end_all(format("rank %d: ", rank) + reader.text(), code);
     }
-    if (frame.kind == kEnd && !world.root()) {
+    if (frame.kind == kEnd) {
         link.close();
-        leave(int(reader.number()));
+        int code = int(reader.number());
+        if (world.root()) tell_end(code);
+        leave(code);
     }
     if (frame.kind != kText && frame.kind != kPart && frame.kind != kParts) throw std::runtime_error("an unknown message");
     std::lock_guard<std::mutex> lock(mutex);
@@ -246,12 +248,16 @@ void Control::Connections::say_goodbye() {
     drain(links.to, 1);
 }
 
-// On rank 0.
-void Control::Connections::end_all(const std::string& message, int code) {
+void Control::Connections::tell_end(int code) {
     for (Connection& link : links.to) {
         link.send(encode(kEnd, Writer().number(code).bytes));
         if (link.open()) link.flush();
     }
+}
+
+// On rank 0.
+void Control::Connections::end_all(const std::string& message, int code) {
+    tell_end(code);
     print(message);
     drain(links.to, 0.5);
     leave(code);
@@ -259,6 +265,7 @@ void Control::Connections::end_all(const std::string& message, int code) {
 
 // On another rank, without rank 0.
 void Control::Connections::end_alone(const std::string& message, int code) {
+    tell_end(code);  // to rank 0, if that only sleeps
     links.to[0].close();
     if (world.speaks()) print(message);
     leave(code);

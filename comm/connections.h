@@ -37,6 +37,7 @@ struct Control::Connections {
     void handle(int rank, const Frame& frame);
     void judge();
     void say_goodbye();
+    void tell_end(int code);
     [[noreturn]] void end_all(const std::string& message, int code);
     [[noreturn]] void end_alone(const std::string& message, int code);
     [[noreturn]] void leave(int code);

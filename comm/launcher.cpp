@@ -101,6 +101,9 @@ class Children {
             hurry();
         }
         report();
+        // Who was killed could not say why; who then ended by itself did, and its code goes with that.
+        for (const Child& child : children_)
+            if (first_failure_ && WIFSIGNALED(first_failure_->status) && WIFEXITED(child.status) && WEXITSTATUS(child.status)) return WEXITSTATUS(child.status);
         return first_failure_ ? exit_code(first_failure_->status) : 0;
     }
 

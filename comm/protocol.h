@@ -17,7 +17,7 @@ enum FrameKind : uint8_t {
     kPart,      // to rank 0: a contribution to a gather
     kParts,     // from rank 0: the gather's result
     kFail,      // to rank 0: exit code, message
-    kEnd,       // from rank 0: all end, with this exit code
+    kEnd,       // from rank 0: all end, with this exit code; to a rank 0 that was not heard of, should it wake up: it has been said
     kGoodbye,   // both ways: an orderly end
 };
 

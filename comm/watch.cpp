@@ -6,7 +6,7 @@
 #include "runtime/error.h"
 
 namespace {
-constexpr char kResume[] = "the last checkpoint is intact, --resume continues from it";
+constexpr char kResume[] = "no checkpoint is lost, --resume continues from the last";
 }
 
 Watch::Watch(std::vector<std::string> hosts, int self) : ranks_(hosts.size()), self_(size_t(self)) {

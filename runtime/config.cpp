@@ -291,7 +291,7 @@ void validate_config(Config& c) {
     require(c.train.micro_batch >= 0, "train.micro_batch: must be positive, or auto");
     require(c.run.gpus >= 0, "run.gpus: must be positive, or 0 for all");
     require(c.train.batch % c.world_size == 0,
-            format("train.batch: %lld sequences cannot be shared evenly by %lld GPUs; change one of them", (long long)c.train.batch, (long long)c.world_size));
+            format("train.batch: %lld sequences cannot be shared evenly by %lld processes; take a number of GPUs that divides it, or in a new run another batch", (long long)c.train.batch, (long long)c.world_size));
     require(c.train.micro_batch == 0 || c.rank_batch() % c.train.micro_batch == 0,
             c.world_size == 1 ? format("train.micro_batch: %lld does not divide train.batch %lld", (long long)c.train.micro_batch, (long long)c.train.batch)
                               : format("train.micro_batch: %lld does not divide the %lld sequences that each of %lld GPUs has in a step (train.batch %lld)", (long long)c.train.micro_batch,
@@ -307,6 +307,7 @@ void validate_config(Config& c) {
     require(c.checkpoint.every >= 0 && c.checkpoint.keep_every >= 0, "checkpoint.every and checkpoint.keep_every: must not be negative");
     require(c.checkpoint.keep_last >= 1, "checkpoint.keep_last: must be at least 1, else a run could not be resumed");
     positive("run.log_every", c.run.log_every);
+    require(c.run.gpus == 1 || c.run.device.rfind("cuda:", 0) != 0, "run.gpus: " + std::to_string(c.run.gpus) + " GPUs, but run.device " + c.run.device + " names one; leave out its number, and choose GPUs by CUDA_VISIBLE_DEVICES");
     require(c.run.comm_timeout > 0, "run.comm_timeout: must be positive");
     require(c.run.verify_every >= 0, "run.verify_every: must not be negative");
     const std::string& device = c.run.device;

@@ -155,7 +155,7 @@ template <class C, class Visitor> void visit_config(C& c, Visitor&& v) {
     v("checkpoint.keep_every", c.checkpoint.keep_every, "checkpoints at multiples of this step are kept for good; 0 = none", "");
     v("run.dir", c.run.dir, "run directory", "");
     v("run.device", c.run.device, "auto, cpu, cuda or cuda:N", "");
-    v("run.gpus", c.run.gpus, "train on so many GPUs of this machine, one process each; 0 = all of them", "");
+    v("run.gpus", c.run.gpus, "train on so many GPUs of this machine, one process each; 0 = all of them (--device cpu: one process)", "");
     v("run.comm_timeout", c.run.comm_timeout, "several GPUs: seconds to wait for a rank before the run is ended", "");
     v("run.verify_every", c.run.verify_every, "several GPUs: steps between comparisons of their states; 0 = before checkpoints only", "");
     v("run.memory_budget", c.run.memory_budget, "device memory to use at most, such as 24GiB; empty = what is free", "");

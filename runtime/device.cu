@@ -1,12 +1,15 @@
 // Device: opening, memory, copies, scratch. See device.h.
 #include "runtime/device.h"
 
+#include <omp.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <fstream>
+#include <string>
 #include <thread>
 
 #include "runtime/cuda_context.h"
@@ -113,7 +116,7 @@ std::unique_ptr<Device> Device::open(const std::string& which) {
         return device;
     }
 #endif
-    device->name_ = format("CPU, %u threads", std::thread::hardware_concurrency());
+    device->name_ = format("CPU, %d threads", omp_get_max_threads());
     return device;
 }
 
@@ -245,6 +248,10 @@ int64_t Device::process_peak_bytes() const {
         return int64_t(cuda_->properties.totalGlobalMem) - int64_t(cuda_->lowest_free);
     }
 #endif
+    // getrusage would count what the process was before it became this program: a launcher's Python, say.
+    std::ifstream status("/proc/self/status");
+    for (std::string word; status >> word;)
+        if (int64_t kilobytes = 0; word == "VmHWM:" && status >> kilobytes) return kilobytes * 1024;
     rusage usage{};
     getrusage(RUSAGE_SELF, &usage);
     return int64_t(usage.ru_maxrss) * 1024;

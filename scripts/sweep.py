@@ -169,6 +169,7 @@ def train(runs, program, devices, jobs, interrupts, deadline):
     display = Display(runs)
     slots, told = [device for _ in range(jobs) for device in devices], 0
     notes = ("", "runs save and stop; a second Ctrl-C kills them", "killed")
+    late = "no time left: runs save and stop"
     changed = True
     while True:
         for run in runs:
@@ -181,7 +182,7 @@ def train(runs, program, devices, jobs, interrupts, deadline):
                 run.start(program, slots.pop(0), environment)
         changed = False
         stops = max(interrupts.count, 1 if left <= 0 else 0)
-        display.update(notes[min(stops, 2)])
+        display.update(notes[min(stops, 2)] if interrupts.count or not stops else late)
         running = [run for run in runs if run.process]
         if not running:
             break

@@ -161,7 +161,7 @@ TEST_CASE("A killed rank ends all, with its last activity", "[control]") {
     CHECK(run.processes.wait(1) == 137);
     std::string line = run.ended(3, 2, 0, 1);
     CHECK(has(line, "rank 1 (on "));
-    CHECK(has(line, "ended without a word while it was in the gradients of step 7; the last checkpoint is intact"));
+    CHECK(has(line, "ended without a word while it was in the gradients of step 7; no checkpoint is lost, --resume"));
 }
 
 TEST_CASE("A stopped rank ends all", "[control]") {
