@@ -132,8 +132,8 @@ Arguments parse(int argc, char** argv) {
 
 int64_t processes_wanted(const Config& config) {
     const std::string& device = config.run.device;
-    if (config.run.gpus == 1 || config.run.gpus < 0 || device.rfind("cuda:", 0) == 0) return 1;  // mistakes are validate_config's to tell
-    if (device == "cpu") return std::max<int64_t>(config.run.gpus, 1);
+    if (config.run.gpus == 1 || config.run.gpus < 0) return 1;
+    if (device == "cpu" || device.rfind("cuda:", 0) == 0) return std::max<int64_t>(config.run.gpus, 1);  // of one GPU by its number: validate_config refuses several
     std::string why;
     const int64_t usable = Device::cuda_usable(&why) ? Device::cuda_count() : 0;
     if (usable == 0) throw UserError(format("run.gpus: no usable GPU: %s; --gpus 1 trains without one, --device cpu --gpus N by N processes on the CPU", why.c_str()));

@@ -17,8 +17,6 @@
 
 namespace {
 
-constexpr Tensor Nf4Tensor::*kNf4Parts[] = {&Nf4Tensor::codes, &Nf4Tensor::absmax, &Nf4Tensor::codes8, &Nf4Tensor::scale2, &Nf4Tensor::offset};
-
 // Scratch that a job works with: until it has the projection, and until it has ended. The later one goes first.
 struct JobScratch {
     ScratchScope whole;

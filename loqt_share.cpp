@@ -13,7 +13,9 @@ std::vector<Tensor> LinearGroup::remade(const Linear& l) const {
     auto add = [&](Tensor t) {
         if (t) all.push_back(t.flat());
     };
-    auto add_nf4 = [&](const Nf4Tensor& q) { add(q.codes), add(q.absmax), add(q.codes8), add(q.scale2), add(q.offset); };
+    auto add_nf4 = [&](const Nf4Tensor& q) {
+        for (auto part : kNf4Parts) add(q.*part);
+    };
     if (policy_.quantized) add_nf4(l.w_q);
     else if (policy_.adapters) add(l.w);
     if (policy_.quantized_p) add_nf4(l.p_q);

@@ -148,7 +148,6 @@ void train_together(const Arguments& a, const World& world, Control& control) {
     control.set_timeout(config.run.comm_timeout);
 
     const std::string& wanted = config.run.device;
-    if (wanted.rfind("cuda:", 0) == 0) throw UserError("run.device: " + wanted + " names one GPU, but every process takes one; leave out the number");
     const bool cuda = wanted == "cuda" || (wanted == "auto" && Device::cuda_usable());
     // Where the driver of one machine fails, auto is the CPU there.
     const std::vector<std::string> kinds = control.gather(cuda ? "a GPU" : "the CPU");

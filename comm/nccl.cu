@@ -8,7 +8,7 @@
 //
 // Memory: each channel has buffers for its neighbours (NCCL_BUFFSIZE, 4 MiB, for large operations, less for small ones), made for each
 // algorithm when it is first used. kMaxChannels bounds them, and the multiprocessors that NCCL takes from the products which run at the same
-// time; NVLink is near its full speed with so many. The environment variables NCCL_MAX_CTAS and NCCL_BUFFSIZE override.
+// time; how many are best has not been measured. The environment variables NCCL_MAX_CTAS and NCCL_BUFFSIZE override.
 #if defined(WITH_CUDA) && defined(WITH_NCCL)
 #include <nccl.h>
 

@@ -307,7 +307,8 @@ void validate_config(Config& c) {
     require(c.checkpoint.every >= 0 && c.checkpoint.keep_every >= 0, "checkpoint.every and checkpoint.keep_every: must not be negative");
     require(c.checkpoint.keep_last >= 1, "checkpoint.keep_last: must be at least 1, else a run could not be resumed");
     positive("run.log_every", c.run.log_every);
-    require(c.run.gpus == 1 || c.run.device.rfind("cuda:", 0) != 0, "run.gpus: " + std::to_string(c.run.gpus) + " GPUs, but run.device " + c.run.device + " names one; leave out its number, and choose GPUs by CUDA_VISIBLE_DEVICES");
+    require(c.world_size == 1 || c.run.device.rfind("cuda:", 0) != 0,
+            format("run.gpus: %lld processes take a GPU each, but run.device %s names one; leave out its number, and choose GPUs by CUDA_VISIBLE_DEVICES", (long long)c.world_size, c.run.device.c_str()));
     require(c.run.comm_timeout > 0, "run.comm_timeout: must be positive");
     require(c.run.verify_every >= 0, "run.verify_every: must not be negative");
     const std::string& device = c.run.device;

@@ -118,3 +118,19 @@ TEST_CASE("config: what is written reads back the same, and overrides win", "[co
     for (const char* key : {"method.rank", "method.scale", "method.lora_alpha"}) CHECK(fixed_for_resume(key));
     CHECK_FALSE(fixed_for_resume("optimizer.lr"));
 }
+
+TEST_CASE("config: what several processes ask of it", "[config]") {
+    auto message = [](int64_t ranks, int64_t batch, int64_t micro_batch, const char* device, const char* updates) {
+        Config c;
+        c.world_size = ranks, c.run.gpus = 2, c.run.device = device, c.train.batch = batch, c.train.micro_batch = micro_batch, c.train.updates = updates;
+        return message_of([&] { validate_config(c); });
+    };
+    CHECK(message(2, 8, 2, "cuda", "ordinary") == "(no error)");
+    CHECK(message(2, 8, 4, "cuda", "per_layer") == "(no error)");
+    CHECK(contains(message(3, 8, 0, "cuda", "ordinary"), "train.batch: 8 sequences cannot be shared evenly by 3"));
+    CHECK(contains(message(2, 8, 8, "cuda", "ordinary"), "train.micro_batch: 8 does not divide the 4 sequences"));
+    CHECK(contains(message(2, 8, 2, "cuda", "per_layer"), "train.updates"));
+    CHECK(contains(message(2, 8, 2, "cuda:1", "ordinary"), "run.device cuda:1 names one"));
+    // Sampling and exporting take one process, on any GPU, whatever the run was trained on.
+    CHECK(message(1, 8, 2, "cuda:1", "ordinary") == "(no error)");
+}

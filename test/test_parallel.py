@@ -3,10 +3,10 @@
 python3 test/test_parallel.py [CLASS[.TEST]], after make or make cpu. LOQT_TEST_DEVICE=cuda takes two GPUs. See program.py for settings.
 """
 import json
+import array
+import math
 import os
-import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +15,7 @@ import time
 import unittest
 
 import program
-from program import checkpoint, checkpoints, DEVICE, ENVIRONMENT, metrics, new_run, path, PROGRAM, ProgramTest, read_text, series, start, steps
+from program import checkpoint, DEVICE, ENVIRONMENT, metrics, new_run, path, PROGRAM, ProgramTest, read_safetensors, read_text, series, start, steps
 
 KILLS = int(os.environ.get("LOQT_TEST_RANK_KILLS", 4))
 
@@ -109,6 +109,27 @@ class SameTrainingTest(ParallelTest):
                     theirs = series(one, event)
                     for step, loss in series(two, event).items():
                         self.assertAlmostEqual(float(loss), float(theirs[step]), delta=tolerance, msg=f"seed {program.SEED}: {event} {step}")
+
+    @unittest.skipUnless(DEVICE == "cpu", "where P is in fp32")
+    def test_projections_are_of_the_gradient_of_all(self):
+        # Losses would not tell: the leading vectors of half of the data serve nearly as well.
+        def leading(run):
+            tensors, _ = read_safetensors(checkpoint(run, 1))
+            rows = {}
+            for name, (_, shape, data) in tensors.items():
+                if name.endswith(".P"):
+                    row = array.array("f", data)[:shape[1]]
+                    rows[name] = [x / math.sqrt(sum(y * y for y in row)) for x in row]
+            return rows
+
+        for options in ((), ("--micro_batch", 1), ("--clip", 1)):
+            with self.subTest(options):
+                options = ("--method.name", "loqt-nq", "--steps", 1, *options)
+                one, two = (leading(self.train_by(processes, *options)) for processes in (1, 2))
+                cosines = sorted(abs(sum(a * b for a, b in zip(row, two[name]))) for name, row in one.items())
+                self.assertEqual(len(cosines), 14)
+                # Where two singular values are close, two vectors may turn into one another; not so in most matrices.
+                self.assertGreater(cosines[len(cosines) // 2], 0.9999, f"seed {program.SEED}: {cosines}")
 
     def test_evaluation_is_the_same_to_the_bit(self):
         for sequences in (1, 5, 8, 0):
