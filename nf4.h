@@ -22,7 +22,8 @@ struct Nf4Tensor {
     int64_t blocks() const { return ceil_div(rows * cols, kNf4Block); }
 };
 // All that an Nf4Tensor is stored in; what the layout has no use for is empty.
-constexpr Tensor Nf4Tensor::*kNf4Parts[] = {&Nf4Tensor::codes, &Nf4Tensor::absmax, &Nf4Tensor::codes8, &Nf4Tensor::scale2, &Nf4Tensor::offset};
+using Nf4Part = Tensor Nf4Tensor::*;
+constexpr Nf4Part kNf4Parts[] = {&Nf4Tensor::codes, &Nf4Tensor::absmax, &Nf4Tensor::codes8, &Nf4Tensor::scale2, &Nf4Tensor::offset};
 
 // The 16 code values, exact in fp32, ascending; and the 15 midpoints rounded to fp32.
 extern const float kNf4Code[16];
