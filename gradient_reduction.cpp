@@ -1,14 +1,33 @@
 #include "gradient_reduction.h"
 
+#include <algorithm>
+#include <cstdint>
+
 #include "comm/communicator.h"
+#include "runtime/tensor_table.h"
 
 namespace {
 
-// One operation of NCCL's per bucket. Large enough for the links' full rate, small enough that the first is under way long before the last gradient is there.
-constexpr int64_t kBucketBytes = int64_t(32) << 20;
-
 // Draws apart from those of the products that were summed before (parameter.cpp).
 constexpr uint32_t kReducedPart = 0x80000000;
+
+// Tensors that lie in an arena one after the other become one, with the zeros between them: a few large sums take less time than many.
+std::vector<Tensor> joined(std::vector<Tensor> tensors) {
+    std::sort(tensors.begin(), tensors.end(), [](const Tensor& a, const Tensor& b) { return std::less<void*>()(a.data, b.data); });
+    std::vector<Tensor> result;
+    for (const Tensor& t : tensors) {
+        if (!result.empty() && result.back().dtype == t.dtype) {
+            Tensor& last = result.back();
+            const int64_t padded = round_up(last.bytes(), kTensorAlignment);
+            if (static_cast<char*>(last.data) + padded == t.data) {
+                last.cols = last.ld = padded / size_of(t.dtype) + t.cols;
+                continue;
+            }
+        }
+        result.push_back(t);
+    }
+    return result;
+}
 
 }  // namespace
 
@@ -30,13 +49,21 @@ void GradientReduction::add(Parameter& p) {
         return;
     }
     if (!ranks) return;
-    bucket_.push_back(p.grad.flat());
+    put(p.grad.flat());
+}
+
+void GradientReduction::add(double* values, int64_t count) {
+    if (device_.communicator()) put(Tensor{values, DType::f64, 1, count, count});
+}
+
+void GradientReduction::put(const Tensor& t) {
+    bucket_.push_back(t);
     bucket_bytes_ += bucket_.back().bytes();
-    if (bucket_bytes_ >= kBucketBytes) flush();
+    if (bucket_bytes_ >= device_.communicator()->bucket_bytes()) flush();
 }
 
 void GradientReduction::flush() {
-    if (!bucket_.empty()) device_.communicator()->all_reduce(bucket_);
+    if (!bucket_.empty()) device_.communicator()->all_reduce(joined(std::move(bucket_)));
     bucket_.clear();
     bucket_bytes_ = 0;
 }

@@ -1,4 +1,4 @@
-// Gradients of several ranks become one: summed as soon as they are final, in buckets, while the backward pass goes on.
+// Gradients of several ranks become one: summed in buckets (Communicator::bucket_bytes), while the backward pass goes on.
 #pragma once
 #include "llama.h"
 
@@ -11,10 +11,13 @@ class GradientReduction {
     // p's gradient is final on this rank, and will be on the others at the same place of their backward pass. Its sum over the ranks takes its place:
     // begun once a bucket is full, there after finish().
     void add(Parameter& p);
+    // The same for values in f64 on the device that are no gradient.
+    void add(double* values, int64_t count);
     // What is queued on the device from now on finds the sums.
     void finish();
 
   private:
+    void put(const Tensor& t);
     void flush();
     Device& device_;
     const Config& config_;

@@ -156,22 +156,25 @@ void Trainer::merge(double waited) {
     if (s.failed) note(format("step %lld: %d of %d matrices kept their projection (gradient zero or not finite)", (long long)step_, s.failed, s.matrices));
 }
 
+Trainer::StepInput Trainer::next_input() {
+    StepInput input;
+    for (int64_t i = 0; i < config_.micro_batches(); ++i) input.batches.push_back(stream_->next());
+    input.stop = stop_requested;
+    if (!ranks_) return input;
+    // A signal may have reached one rank only, or some before a step and others after it: all have to stop at the same one.
+    std::vector<double> totals{0, input.stop ? 1.0 : 0.0};
+    for (const Batch& batch : input.batches) totals[0] += double(batch.valid_targets);
+    ranks_->sum(totals, "the start of a step");
+    input.targets = totals[0], input.stop = totals[1] > 0;
+    return input;
+}
+
 bool Trainer::train_step() {
     double begin = wall_seconds();
     Control::Activity computing(control(), Control::Kind::computing, format("step %lld", (long long)step_ + 1));
-    std::vector<Batch> batches;
-    for (int64_t i = 0; i < config_.micro_batches(); ++i) batches.push_back(stream_->next());
-    double targets = 0;
-    if (ranks_) {
-        // A signal may have reached one rank only, or some before a step and others after it: all have to stop at the same one.
-        std::vector<double> totals{0, stop_requested ? 1.0 : 0.0};
-        for (const Batch& batch : batches) totals[0] += double(batch.valid_targets);
-        ranks_->sum(totals, "the start of a step");
-        if (totals[1] > 0) return false;
-        targets = totals[0];
-    } else if (stop_requested) {
-        return false;
-    }
+    const StepInput input = next_ ? std::move(*next_) : next_input();
+    next_.reset();
+    if (input.stop) return false;
     // Should step 0 be skipped as not finite, the first merge is made up for at the next step.
     bool never_merged = method_policy(config_).projects && model_->projected_matrices() == 0;
     StepPlan plan;
@@ -179,13 +182,15 @@ bool Trainer::train_step() {
     plan.merges = never_merged || std::binary_search(merges_.begin(), merges_.end(), step_);
     // A matrix's first merge starts from its true weights, not from their NF4 round trip.
     plan.source = source_ ? &source_ : nullptr;
-    plan.targets = targets;
-    StepGradients gradients = accumulate_gradients(device_, *model_, config_, *sums_, batches, plan);
+    plan.targets = input.targets;
+    StepGradients gradients = accumulate_gradients(device_, *model_, config_, *sums_, input.batches, plan);
 
     bool finite = std::isfinite(gradients.loss) && std::isfinite(gradients.norm);
     if (finite) apply_gradients(device_, *model_, config_, plan, gradients.norm);
     else handle_nonfinite(gradients);
     if (plan.merges && (finite || gradients.updated)) merge(gradients.waited);
+    // The device is still busy with updates, and several ranks need a moment to agree. One process alone looks for signals at the last moment.
+    if (ranks_ && step_ + 1 < config_.train.steps) next_ = next_input();
     Communicator::synchronize(device_, "the end of a step");
     ++step_;
     ++steps_here_;

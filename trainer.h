@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <set>
 
 #include "comm/communicator.h"
@@ -33,6 +34,13 @@ class Trainer {
     void check_same_data() const;  // on all ranks
     void start_fresh();
     void restore();
+    // What a step trains on, and what the ranks have to agree on before it.
+    struct StepInput {
+        std::vector<Batch> batches;
+        double targets = 0;  // counted, of all ranks; 0 where this process is alone
+        bool stop = false;   // some rank was asked to
+    };
+    StepInput next_input();
     // False, and no step taken, if any rank was asked to stop.
     bool train_step();
     void handle_nonfinite(const StepGradients& gradients);
@@ -67,6 +75,7 @@ class Trainer {
     std::unique_ptr<MetricsFile> metrics_;     // rank 0
     std::unique_ptr<ProgressLine> progress_;   // rank 0
     std::vector<int64_t> merges_;
+    std::optional<StepInput> next_;  // agreed on while the device was still busy with the step before
     int64_t step_ = 0;             // steps done
     int64_t skipped_ = 0;          // non-finite steps left out
     int64_t saved_step_ = -1, evaluated_step_ = -1;

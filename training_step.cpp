@@ -7,17 +7,6 @@
 #include "runtime/metrics.h"
 #include "runtime/workers.h"
 
-namespace {
-
-// Σ over ranks.
-double of_all(Device& device, double value, const char* what) {
-    std::vector<double> values{value};
-    if (device.communicator()) device.communicator()->sum(values, what);
-    return values[0];
-}
-
-}  // namespace
-
 StepGradients accumulate_gradients(Device& device, Llama& model, const Config& config, StepSums& sums, const std::vector<Batch>& batches, const StepPlan& plan) {
     const int64_t count = int64_t(batches.size());
     double targets = plan.targets;
@@ -30,6 +19,7 @@ StepGradients accumulate_gradients(Device& device, Llama& model, const Config& c
     pass.step = plan.step, pass.merges = plan.merges, pass.source = plan.source;
     pass.rank = device.communicator() ? device.communicator()->rank() : 0;
     pass.whole_batch = config.method.projection_gradient == "full" && config.micro_batches() > 1;
+    Control* control = device.communicator() ? &device.communicator()->control() : nullptr;
     const bool inside = updates_per_layer(config) || (plan.merges && merges_inside_backward(config));
     for (Parameter* p : model.parameters()) p->stepped = p->reduced = false;
     model.zero_gradients();
@@ -42,7 +32,10 @@ StepGradients accumulate_gradients(Device& device, Llama& model, const Config& c
             };
         if (pass.last && inside) {
             pass.may_update = [&] {
-                result.updated = std::isfinite(of_all(device, sums.read_losses(count), "the loss")) || device.dry();
+                reduction.add(sums.losses(), count);
+                reduction.finish();
+                Control::Activity waits(control, Control::Kind::waiting, "the loss");
+                result.updated = std::isfinite(sums.read_losses(count)) || device.dry();
                 return result.updated;
             };
             pass.update = [&](Parameter& p) {
@@ -57,6 +50,7 @@ StepGradients accumulate_gradients(Device& device, Llama& model, const Config& c
     if (config.world_size > 1 && (!inside || result.updated))  // else the loss forbade the backward pass
         for (Parameter* p : model.parameters())
             if (!p->reduced) reduction.add(*p);  // norms
+    if (!inside) reduction.add(sums.losses(), count);
     reduction.finish();
     if (result.updated) model.invalidate();  // also where the step ends here, because its gradient is not finite
     if (plan.merges && device.workers()) {
@@ -67,11 +61,9 @@ StepGradients accumulate_gradients(Device& device, Llama& model, const Config& c
     }
     double loss_sum = 0;
     {
-        Control* control = device.communicator() ? &device.communicator()->control() : nullptr;
         Control::Activity waits(control, Control::Kind::waiting, "the gradients");
         sums.read(model, count, &loss_sum, &result.norm);
     }
-    loss_sum = of_all(device, loss_sum, "the loss");
     if (targets > 0) result.loss = loss_sum / targets;
     return result;
 }

@@ -29,11 +29,15 @@ class Communicator {
     int rank() const { return control_.world().rank; }
     int size() const { return control_.world().size; }
 
+    // How many bytes of sums are best begun together, where they become ready one after the other while the device computes: the same on all ranks. The
+    // default is large enough for the links' full rate, and small enough that the first are under way long before the last are there.
+    virtual int64_t bucket_bytes() const { return int64_t(32) << 20; }
+
     // These are queued: they begin when what is queued on the device by now is done, and may run beside what is queued later, until finish().
-    // (On the cpu they are done when they return.) Tensors: contiguous (ld = cols), f32 or bf16 (cpu: f32), of the same shapes on all ranks.
+    // (On the cpu they are done when they return.) Tensors: contiguous (ld = cols), f32, f64 or bf16 (no bf16 on the cpu), of the same shapes on all ranks.
     // The sums have the same bits on all ranks and, on the same machines, in every run.
     void all_reduce(const std::vector<Tensor>& tensors);           // each ← its sum over ranks
-    void reduce(Tensor tensor, int root);                          // on root: ← the sum; elsewhere left undefined
+    void reduce(Tensor tensor, int root);                          // not f64; on root: ← the sum, elsewhere left undefined
     void broadcast(const std::vector<Tensor>& tensors, int root);  // any dtype, whole bytes
     // What is queued on the device from now on comes after all of the above. Does not wait. A profiler sees here what the device waits.
     void finish();

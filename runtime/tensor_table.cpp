@@ -3,8 +3,6 @@
 
 #include <algorithm>
 
-constexpr int64_t kAlignment = 256;
-
 const char* family_name(Family family) {
     switch (family) {
         case Family::frozen: return "frozen weights";
@@ -22,13 +20,13 @@ void TensorTable::add(const std::string& name, Family family, Tensor* holder, DT
                       int64_t padded_rows, int64_t ld) {
     *holder = Tensor{nullptr, dtype, padded_rows ? padded_rows : rows, cols, ld ? ld : cols};
     entries_.push_back(TensorEntry{name, family, holder, rows, cols, sizes_[family], saved});
-    sizes_[family] += round_up(std::max<int64_t>(holder->bytes(), 1), kAlignment);
+    sizes_[family] += round_up(std::max<int64_t>(holder->bytes(), 1), kTensorAlignment);
 }
 
 void TensorTable::add_shared(const std::string& name, Family family, Tensor* holder, DType dtype, int64_t rows, int64_t cols, int64_t padded_rows, int64_t ld) {
     *holder = Tensor{nullptr, dtype, padded_rows ? padded_rows : rows, cols, ld ? ld : cols};
     entries_.push_back(TensorEntry{name, family, holder, rows, cols, 0, false, true});
-    shared_sizes_[family] = std::max(shared_sizes_[family], round_up(holder->bytes(), kAlignment));
+    shared_sizes_[family] = std::max(shared_sizes_[family], round_up(holder->bytes(), kTensorAlignment));
 }
 
 std::map<Family, int64_t> TensorTable::families() const {

@@ -44,6 +44,11 @@ def children(process):
     return found
 
 
+def most():
+    """How many processes can train together."""
+    return 4 if DEVICE == "cpu" else len(subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, text=True).stdout.splitlines())
+
+
 def trained(name):
     """Steps in the metrics so far."""
     log = path(name, "metrics.jsonl")
@@ -134,7 +139,7 @@ class SameTrainingTest(ParallelTest):
     def test_evaluation_is_the_same_to_the_bit(self):
         for sequences in (1, 5, 8, 0):
             options = ("--steps", 1, "--micro_batch", 1, "--eval.sequences", sequences, "--official_perplexity", "true")
-            first = [next(e for e in metrics(self.train_by(n, *options)) if e["event"] == "eval") for n in (1, 2, 4)]
+            first = [next(e for e in metrics(self.train_by(n, *options)) if e["event"] == "eval") for n in (1, 2, 4) if n <= most()]
             for other in first[1:]:
                 for key in ("loss", "perplexity", "perplexity_official_biased", "tokens"):
                     self.assertEqual(other[key], first[0][key], f"seed {program.SEED}: {sequences} sequences, {key}")
@@ -153,7 +158,7 @@ class SameTrainingTest(ParallelTest):
         again = self.copy_until(reference, step)
         self.succeed("--resume", "--run.dir", again)  # run.gpus is in the run's configuration
         self.assert_same_run(again, reference, f"resumed at {step} by two")
-        for processes in (1, 4):
+        for processes in (n for n in (1, 4) if n <= most()):
             other = self.copy_until(reference, step)
             self.succeed("--resume", "--run.dir", other, "--gpus", processes)  # micro-batches of 1 instead of 2 where there are four
             self.assertEqual([e["gpus"] for e in metrics(other) if e["event"] == "resume"], [processes])
@@ -300,7 +305,7 @@ class StartTest(ParallelTest):
         self.assertIn("other.json", errors)
 
     def test_mistakes(self):
-        self.mistake(new_run(self.name(), "--gpus", 3), "train.batch", "4", "3")
+        self.mistake(new_run(self.name(), "--gpus", 2, "--batch", 3), "train.batch", "3", "2")
         self.mistake(new_run(self.name(), "--gpus", -1), "run.gpus")
         self.mistake(new_run(self.name(), "--gpus", 2, "--micro_batch", 4), "train.micro_batch", "2 sequences")
         self.mistake(new_run(self.name(), "--gpus", 2, "--data.train", "nowhere"), "nowhere")

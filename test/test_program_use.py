@@ -277,8 +277,8 @@ class MetricsTest(ProgramTest):
         self.assertFalse(os.path.exists(path("runs")))
 
     def test_plan_that_does_not_fit(self):
-        # 512 sequences at once, which nobody asked for: a plan without a word about its budget would look like one that fits.
-        self.mistake(("--config", "13b", "--device", "cuda", "--updates", "per_layer", "--plan"), "does not fit", "it fits with --batch")
+        # All sequences at once, which nobody asked for: a plan without a word about its budget would look like one that fits. So many fit into no GPU.
+        self.mistake(("--config", "13b", "--device", "cuda", "--updates", "per_layer", "--batch", 16384, "--plan"), "does not fit", "it fits with --batch")
         arguments = ("--config", "13b", "--device", "cuda", "--memory_budget", "14GiB", "--plan")
         line = self.mistake((*arguments, "--json"), "does not fit", "14.00 GiB allowed", "it fits with --")
         advice = line.split("it fits with ")[1].split()
