@@ -132,6 +132,27 @@ void check_collectives(Device& device, Communicator& ranks, uint64_t seed) {
         if (ranks.rank() == root) REQUIRE(tensors.bytes() == reduced);
     }
 
+    // Values in f64, beside others in one call.
+    for (int64_t n : {int64_t(1), size_up_to(5000)}) {
+        std::vector<double> exact(n), own(n);
+        OnDevice values(device, DType::f64, 1, n), ones(device, DType::f32, 1, 3, Values(3, 1.0f));
+        for (int rank = 0; rank < ranks.size(); ++rank) {
+            std::mt19937_64 content(seed + 7 * uint64_t(rank));
+            for (int64_t i = 0; i < n; ++i) {
+                const double x = double(int64_t(content())) * 0x1p-60;
+                exact[i] += x;
+                if (rank == ranks.rank()) own[i] = x;
+            }
+        }
+        values.raw_write(own);
+        ranks.all_reduce({ones, values});
+        ranks.finish();
+        CHECK(ones.read() == Values(3, float(ranks.size())));
+        const std::vector<double> got = values.raw<double>();
+        for (int64_t i = 0; i < n; ++i) REQUIRE(std::fabs(got[i] - exact[i]) <= 8 * ranks.size() * ranks.size() * std::ldexp(1.0, -53));
+        check_same_everywhere(ranks, bytes_of(values));
+    }
+
     // Bytes of any type, odd numbers of them.
     for (DType type : {DType::u8, DType::i16, DType::i32, DType::f64, DType::f32, DType::bf16})
         for (int root = 0; root < ranks.size(); ++root) {
@@ -203,6 +224,7 @@ void check_alone(Device& device) {
         CHECK_THROWS_AS(ranks->all_reduce({x, padded}), InternalError);
         CHECK_THROWS_AS(ranks->broadcast({padded}, 0), InternalError);
         CHECK_THROWS_AS(ranks->reduce(codes, 0), InternalError);
+        CHECK_THROWS_AS(ranks->reduce(OnDevice(device, DType::f64, 1, 4), 0), InternalError);
 
         Profiler profiler(device);
         ranks->all_reduce({x, x});
