@@ -144,9 +144,11 @@ def weak_rows(entry, many, one):
                  missed=None not in (exposed, limit) and exposed > limit)]
     found += merge_rows(entry, one, many, "exact")
     highest = [max(filter(None, peaks(run)), default=None) for run in (one, many)]
-    left = [f"{bytes_ / 2**20:+.0f} MiB by other programs" for run in (one, many) for bytes_ in run["driver_left"] if abs(bytes_) > 2**26]
-    memory = compared("peak memory per GPU, GiB", *highest, "{}", most=on_gpus(entry, MEMORY), note="; ".join(left))
-    memory.update(one=gib(highest[0]), many=", ".join(map(gib, peaks(many))))
+    notes = [f"{bytes_ / 2**20:+.0f} MiB by other programs" for run in (one, many) for bytes_ in run["driver_left"] if abs(bytes_) > 2**26]
+    above = [f"{(peak - run['planned_bytes']) / 2**20:.0f} MiB above the plan" for run, peak in zip((one, many), highest)
+             if entry["device"] == "cuda" and None not in (peak, run["planned_bytes"]) and peak > run["planned_bytes"]]
+    memory = compared("peak memory per GPU, GiB", *highest, "{}", most=on_gpus(entry, MEMORY), note="; ".join(notes + above))
+    memory.update(one=gib(highest[0]), many=", ".join(map(gib, peaks(many))), failed=memory["failed"] or bool(above))
     return [*found, memory]
 
 

@@ -143,6 +143,12 @@ class Figures(unittest.TestCase):
         self.assertEqual((four["tokens/s, equal work per GPU"]["result"], four["tokens/s, equal work per GPU"]["wanted"]), ("3.846", "-"))
         self.assertFalse(any(r["failed"] for r in scaling.weak_rows(entry(device="cpu"), slow, run(events(100.0)))))
 
+    def test_above_the_plan(self):
+        one, many = (run(events(100.0), [peak], planned_bytes=8 * GIB) for peak in (8 * GIB, 8 * GIB + 2**25))
+        memory = by_figure(scaling.weak_rows(entry(), many, one))["peak memory per GPU, GiB"]
+        self.assertEqual((memory["result"], memory["note"], memory["failed"]), ("1.004", "32 MiB above the plan", True))
+        self.assertFalse(by_figure(scaling.weak_rows(entry(), one, one))["peak memory per GPU, GiB"]["failed"])
+
     def test_other_programs(self):
         rows = by_figure(scaling.weak_rows(entry(), run(events(102.0), [GIB, GIB], driver_left=[0, 2**27]), run(events(100.0), [GIB])))
         self.assertIn("+128 MiB by other programs", rows["peak memory per GPU, GiB"]["note"])
