@@ -69,14 +69,16 @@ bool was_given(const Arguments& a, const char* key) {
     return std::any_of(a.overrides.begin(), a.overrides.end(), [&](const Override& o) { return o.key == key; });
 }
 
-// A stored micro-batch may be for another number of ranks: the largest up to it that every rank's share of a batch is a multiple of.
+// A stored micro-batch may be for another number of ranks: the largest up to it that every rank's share of a batch is a multiple of, for this time.
 void fit_micro_batch(const Arguments& a, Config& config) {
     if (was_given(a, "train.micro_batch") || was_given(a, "train.updates")) return;
     int64_t& rows = config.train.micro_batch;
     if (rows == 0 || config.train.batch % config.world_size) return;
+    const int64_t stored = rows;
     rows = std::min(rows, config.rank_batch());
     while (config.rank_batch() % rows) --rows;
     if (updates_per_layer(config)) rows = config.rank_batch();
+    if (rows != stored) config.stored_micro_batch = stored;
 }
 
 }  // namespace

@@ -67,7 +67,7 @@ void Trainer::check_same_data() const {
 // What is being done, on the terminal and in metrics.jsonl.
 void Trainer::announce(bool resume, const MemoryPlan& plan, const std::vector<std::string>& changes) {
     // What the user changed now holds for later resumes too.
-    if (!changes.empty()) write_file((fs::path(config_.run.dir) / "config.json").string(), config_to_json(config_));
+    if (!changes.empty()) write_file((fs::path(config_.run.dir) / "config.json").string(), stored_config(config_));
     metrics_ = std::make_unique<MetricsFile>((fs::path(config_.run.dir) / "metrics.jsonl").string());
     progress_ = std::make_unique<ProgressLine>();
     std::string changed;

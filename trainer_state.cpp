@@ -68,7 +68,7 @@ void Trainer::start_fresh() {
     if (root()) {
         make_directories(checkpoint_folder(config_.run.dir));
         lock_ = std::make_unique<DirectoryLock>(config_.run.dir);
-        write_file((fs::path(config_.run.dir) / "config.json").string(), config_to_json(config_));
+        write_file((fs::path(config_.run.dir) / "config.json").string(), stored_config(config_));
     }
     initialize();
 }
@@ -127,7 +127,7 @@ void Trainer::save() {
                       {"skipped", std::to_string(skipped_)},
                       {"seed", std::to_string(config_.train.seed)},
                       {"parameters", parameter_counters(*model_)},
-                      {"config", config_to_json(config_)}};
+                      {"config", stored_config(config_)}};
     save_checkpoint(device_, path, saved_tensors_of(*model_), metadata);
     trusted_checkpoints_.insert(path);
     prune_checkpoints(checkpoint_folder(config_.run.dir), config_.checkpoint.keep_last, config_.checkpoint.keep_every, &trusted_checkpoints_);

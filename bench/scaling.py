@@ -67,9 +67,9 @@ def figures(events):
             "program_peak_bytes": max((s["memory_bytes"] for s in train), default=None)}
 
 
-def later_merges(run, key):
-    """The median of all merges but the first."""
-    values = [m[key] for m in run["merges"][1:] if m[key] is not None]
+def later_merges(run):
+    """Seconds that a merge adds to its step: the median of all but the first."""
+    values = [m["added_seconds"] for m in run["merges"][1:] if m["added_seconds"] is not None]
     return statistics.median(values) if values else None
 
 
@@ -125,11 +125,10 @@ def throughput(entry, one, many, figure, share, least=None):
     return compared(figure, *rates, "{:,.0f}", least=least)
 
 
-def merge_rows(entry, one, many, kind):
+def merge_row(one, many, figure, most=None):
     failed = sum(m["failed"] for run in (one, many) for m in run["merges"])
     note = f"{failed} matrices were not merged" if failed else ""
-    return [compared(f"{kind} merge, s", later_merges(one, "seconds"), later_merges(many, "seconds"), "{:.3f}", most=on_gpus(entry, MERGE), note=note),
-            compared(f"{kind} merge, added to its step, s", later_merges(one, "added_seconds"), later_merges(many, "added_seconds"), "{:.3f}")]
+    return compared(figure, later_merges(one), later_merges(many), "{:.3f}", most=most, note=note)
 
 
 def weak_rows(entry, many, one):
@@ -142,7 +141,7 @@ def weak_rows(entry, many, one):
              throughput(entry, one, many, "tokens/s, equal work per GPU", 1 / gpus, of_two(entry, THROUGHPUT)),
              row("communication not hidden, of a step", many=number(exposed and 100 * exposed, "{:.1f} %"), wanted=number(limit and 100 * limit, "≤ {:.0f} %"),
                  missed=None not in (exposed, limit) and exposed > limit)]
-    found += merge_rows(entry, one, many, "exact")
+    found.append(merge_row(one, many, "exact merge, s"))
     highest = [max(filter(None, peaks(run)), default=None) for run in (one, many)]
     notes = [f"{bytes_ / 2**20:+.0f} MiB by other programs" for run in (one, many) for bytes_ in run["driver_left"] if abs(bytes_) > 2**26]
     above = [f"{(peak - run['planned_bytes']) / 2**20:.0f} MiB above the plan" for run, peak in zip((one, many), highest)
@@ -156,13 +155,13 @@ def strong_rows(entry, many, whole):
     d = difference(whole, many)
     last = [number(run["losses"][-1] if run["losses"] else None, "{:.4f}") for run in (whole, many)]
     return [throughput(entry, whole, many, "tokens/s, same batch", 1),
-            compared("exact merge, added to its step, same batch, s", later_merges(whole, "added_seconds"), later_merges(many, "added_seconds"), "{:.3f}"),
+            merge_row(whole, many, "exact merge, same batch, s", on_gpus(entry, MERGE)),
             row("loss, same batch", *last, f"{d['mean']:+.5f} on average, {d['largest']:.5f} at most" if d else "-",
                 note=f"over {d['steps']} steps; most at step {d['step']}" if d else "no step in common", failed=d is None)]
 
 
 def fast_rows(entry, many, one):
-    return merge_rows(entry, one, many, "fast")
+    return [merge_row(one, many, "fast merge, s")]
 
 
 def rows_of(entry, part):

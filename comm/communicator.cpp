@@ -35,7 +35,7 @@ bool Communicator::available(DeviceKind kind, std::string* why_not) {
     const char* missing = nullptr;
     if (kind == DeviceKind::cuda) {
 #ifndef WITH_CUDA
-        missing = "this binary was built without CUDA; run make where the CUDA Toolkit is installed";
+        missing = "this binary was built without CUDA; run make (not make cpu) where nvcc is";
 #elif !defined(WITH_NCCL)
         missing = "this binary was built without NCCL; install it (libnccl-dev, or set NCCL_DIR to where it is) and run make";
 #endif

@@ -6,7 +6,7 @@
 #include "runtime/error.h"
 
 namespace {
-constexpr char kResume[] = "no checkpoint is lost, --resume continues from the last";
+constexpr char kResume[] = "no checkpoint is lost, --resume continues from the last if there is one";
 }
 
 Watch::Watch(std::vector<std::string> hosts, int self) : ranks_(hosts.size()), self_(size_t(self)) {

@@ -232,6 +232,12 @@ std::string config_to_json(const Config& config) {
     return root.dump(2) + "\n";
 }
 
+std::string stored_config(const Config& config) {
+    Config stored = config;
+    if (stored.stored_micro_batch) stored.train.micro_batch = stored.stored_micro_batch;
+    return config_to_json(stored);
+}
+
 void validate_config(Config& c) {
     auto positive = [](const char* key, auto value) {
         require(value > 0, std::string(key) + ": got " + json(value).dump() + ", must be positive");

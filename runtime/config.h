@@ -87,6 +87,8 @@ struct Config {
     RunConfig run;
     // Ranks that share the batch. Not a key: whoever starts the processes decides it, and a run may be resumed with another number.
     int64_t world_size = 1;
+    // Not 0: train.micro_batch as the run directory has it, where this number of ranks takes a smaller one.
+    int64_t stored_micro_batch = 0;
 
     int64_t kv_heads() const { return model.kv_heads ? model.kv_heads : model.heads; }
     int64_t rank_batch() const { return train.batch / world_size; }               // sequences of a step on every rank
@@ -192,6 +194,8 @@ void apply_override(Config& config, const Override& override);
 
 // The resolved configuration, every default written out, as pretty JSON.
 std::string config_to_json(const Config& config);
+// The same as a run directory and its checkpoints hold it (Config::stored_micro_batch).
+std::string stored_config(const Config& config);
 
 // Values that cannot work together, each a UserError naming key, value and remedy. Fills defaults that depend on others (kv_heads).
 // micro_batch may still be 0 (auto).

@@ -77,7 +77,7 @@ bool Device::cuda_usable(std::string* why_not) {
     }
     return true;
 #else
-    if (why_not) *why_not = "this binary was built without CUDA; run make where the CUDA Toolkit is installed";
+    if (why_not) *why_not = "this binary was built without CUDA; run make (not make cpu) where nvcc is";
     return false;
 #endif
 }

@@ -193,7 +193,7 @@ def best_of_methods(groups):
 
 def find_reference(groups, name):
     """The group of that label, or else the only one of that method; None where there is none."""
-    same = [g for g in groups if g.label == name] or [g for g in groups if g.method == name]
+    same = [g for g in groups if g.label == name] or [g for g in groups if os.path.basename(g.label) == name] or [g for g in groups if g.method == name]
     return same[0] if len(same) == 1 else None
 
 
@@ -224,7 +224,7 @@ def report(args):
         groups = best_of_methods(groups) or groups
     reference = find_reference(groups, args.reference or name or "full")
     if args.reference and not reference:
-        raise ValueError(f"--reference {args.reference}: no row has this name, and not exactly one this method")
+        raise ValueError(f"--reference {args.reference}: not exactly one row has this name or method; there are {', '.join(g.label for g in groups)}")
     table = markdown(groups, reference, args.at_seconds, args.columns.split(",") if args.columns else None)
     if args.markdown:
         with open(args.markdown, "w", encoding="utf-8") as file:
@@ -292,7 +292,7 @@ def main(argv=None):
         if args.page:
             if (args.runs, args.sweep) != ([], None):
                 raise ValueError("--page: the runs stand in the page's own blocks")
-            print(f"{args.page}: {make_page(args.page)} blocks made anew")
+            print(f"{args.page}: tables made anew: {make_page(args.page)}")
         else:
             print(report(args)[1], end="")
     except ImportError as error:

@@ -55,7 +55,7 @@ def main():
         error = ""
         if merges[-1]["quant_error_uncompensated"]:  # 0: the method does not quantize
             error = f"; NF4 error after compensation {merges[-1]['quant_error']:.3f} (without: {merges[-1]['quant_error_uncompensated']:.3f})"
-        print(f"{len(merges)} merges at steps {', '.join(str(m['step']) for m in merges)}{error}")
+        print(f"{len(merges)} merge{'s' if len(merges) > 1 else ''} at step{'s' if len(merges) > 1 else ''} {', '.join(str(m['step']) for m in merges)}{error}")
     if steps:
         rate = median(steps, "tokens_per_s")
         print(f"{rate:,.0f} tokens/s (median step){speed_figures(steps)}, peak memory {max(s['memory_bytes'] for s in steps) / 2**30:.2f} GiB")

@@ -12,6 +12,7 @@ second one, a second or more later, kills them. Exit status: 0, 1 if a run faile
 are left to do for want of time, 130 if interrupted.
 """
 import argparse
+import glob
 import hashlib
 import importlib.util
 import json
@@ -25,7 +26,7 @@ import sys
 import time
 
 from sweep_file import Mistake, Sweep, known_keys
-from sweep_run import Run, lock, words, write_json
+from sweep_run import Run, lock, read_json, words, write_json
 
 SCRIPTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(SCRIPTS)
@@ -120,13 +121,16 @@ def plan(command, environment=None):
 
 
 def check_runs(sweep, runs, program, device, show):
-    """Plans runs, so that a wrong option or one that does not fit is known before anything starts."""
+    """Plans runs, so that a wrong option, missing shards or what does not fit are known before anything starts."""
     plans, environment, free = {}, None, None  # what is free on the GPU is asked for once: every process there takes a second to find out
     for run in runs:
         options = {key: value for key, value in run.options.items() if key != "train.seed"}
         if free:
             options.setdefault("run.memory_budget", free)
         command = (program, "--config", sweep.config, *words(options), "--run.device", device)
+        for key in ("data.train", "data.val"):
+            if not show and options.get(key) and not glob.glob(options[key]) and not os.path.exists(options[key]):
+                raise Mistake(f"{run.name}: {key}: there is no {options[key]}; give the shards after -- ({key}=DIR)")
         try:
             if command not in plans:
                 plans[command] = plan(command, environment)
@@ -231,9 +235,13 @@ def check_sweep(sweep, runs):
     """Looks at what is there already, and tells report.py what to go by."""
     for run in runs:
         run.check()
-    # A refused run is none of this sweep's.
-    members = [{"name": planned.name, "group": planned.group} for planned, run in zip(sweep.runs, runs) if run.state != "refused"]
-    write_json(os.path.join(sweep.folder, "sweep.json"), {"name": sweep.name, "reference": sweep.reference, "runs": members})
+    if all(run.state == "refused" for run in runs):
+        return
+    # A run that is refused now is none of this sweep's, but it stays where it was.
+    path = os.path.join(sweep.folder, "sweep.json")
+    there = [member["name"] for member in (read_json(path) or {"runs": []})["runs"]]
+    members = [{"name": planned.name, "group": planned.group} for planned, run in zip(sweep.runs, runs) if run.state != "refused" or planned.name in there]
+    write_json(path, {"name": sweep.name, "reference": sweep.reference, "runs": members})
 
 
 def run_sweeps(args, overrides, interrupts):
@@ -260,7 +268,7 @@ def run_sweeps(args, overrides, interrupts):
     if interrupts.count:
         print("stopped; the same command goes on from here")
         return 130
-    reported = [write_report(sweep.folder) for sweep, own in runs_of.items() if any(run.begun() for run in own)]
+    reported = [write_report(sweep.folder) for sweep, own in runs_of.items() if any(run.begun() and run.state != "refused" for run in own)]
     for descriptor in locks:
         os.close(descriptor)
     left = sum(run.state in ("waiting", "stopped") for run in runs)

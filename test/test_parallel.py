@@ -162,6 +162,8 @@ class SameTrainingTest(ParallelTest):
             other = self.copy_until(reference, step)
             self.succeed("--resume", "--run.dir", other, "--gpus", processes)  # micro-batches of 1 instead of 2 where there are four
             self.assertEqual([e["gpus"] for e in metrics(other) if e["event"] == "resume"], [processes])
+            configurations = [json.loads(read_text(run, "config.json")) for run in (reference, other)]
+            self.assertEqual(configurations[1]["train"]["micro_batch"], configurations[0]["train"]["micro_batch"])  # for the next resume
             for number, loss in series(other).items():
                 self.assertAlmostEqual(float(loss), float(series(reference)[number]), delta=self.CODES, msg=f"seed {program.SEED}: {processes} from {step}")
         one = self.train_by(1, *options)

@@ -99,7 +99,7 @@ class ReportTest(unittest.TestCase):
         write(first, "an old table", end, "words", draw, end)
         for _ in range(2):  # made twice it is the same
             status, out, err = self.run_report("--page", page)
-            self.assertEqual((status, out), (0, f"{page}: 2 blocks made anew\n"), err)
+            self.assertEqual((status, out), (0, f"{page}: tables made anew: 2\n"), err)
             self.assertEqual(text(), f"# Title\n\n{first}\n{table}\n{end}\nwords\n{draw}\n| run | seeds |\n| --- | --- |\n| a_seed-1 | 1 |\n\n1 run on a GPU.\n{shown}\n{end}\nlast words\n")
         for blocks, words in (((first, end, f"<!-- report: {self.folder}/nothing-* -->", end), ("line 5", "nothing-*")), ((first,), ("line 3", "no \"<!-- end")),
                               ((end,), ("line 3", "did not begin")), ((first, first, end), ("line 4", "block of line 3")), (("<!-- report: --colums x -->", end), ("line 3", "--colums"))):
@@ -212,6 +212,10 @@ class ReportTest(unittest.TestCase):
     def test_same_names(self):
         runs = [loqt_run(self.folder, "x/run"), loqt_run(self.folder, "y/run")]
         self.assertEqual([r["run"] for r in self.table(*runs)], runs)
+        status, _, err = self.run_report(*runs, "--reference", "run")
+        self.assertEqual(status, 2)
+        for run in runs:
+            self.assertIn(run, err)
 
     def test_mistakes(self):
         for args, word in (([os.path.join(self.folder, "nowhere")], "nowhere"), ([], "--sweep"), (["--sweep", self.folder], "sweep.json")):
