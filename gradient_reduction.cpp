@@ -1,7 +1,7 @@
 #include "gradient_reduction.h"
 
 #include <algorithm>
-#include <cstdint>
+#include <functional>
 
 #include "comm/communicator.h"
 #include "runtime/tensor_table.h"
@@ -11,9 +11,10 @@ namespace {
 // Draws apart from those of the products that were summed before (parameter.cpp).
 constexpr uint32_t kReducedPart = 0x80000000;
 
-// Tensors that lie in an arena one after the other become one, with the zeros between them: a few large sums take less time than many.
+}  // namespace
+
 std::vector<Tensor> joined(std::vector<Tensor> tensors) {
-    std::sort(tensors.begin(), tensors.end(), [](const Tensor& a, const Tensor& b) { return std::less<void*>()(a.data, b.data); });
+    std::sort(tensors.begin(), tensors.end(), [](const Tensor& a, const Tensor& b) { return a.dtype != b.dtype ? a.dtype < b.dtype : std::less<void*>()(a.data, b.data); });
     std::vector<Tensor> result;
     for (const Tensor& t : tensors) {
         if (!result.empty() && result.back().dtype == t.dtype) {
@@ -28,8 +29,6 @@ std::vector<Tensor> joined(std::vector<Tensor> tensors) {
     }
     return result;
 }
-
-}  // namespace
 
 void GradientReduction::add(Parameter& p) {
     Communicator* ranks = device_.communicator();

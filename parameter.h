@@ -20,7 +20,7 @@ struct Parameter {
     uint32_t stream = 0;         // counter-based randomness: one number per parameter
     bool active = true;          // false: no update yet (B before its first projection)
     std::function<bool(Device&, const AdamStep&)> take_step;  // the optimizer's step where it is not AdamW on value and grad; false: none was taken
-    bool reduced = false;        // several ranks: the sum of its gradients over them is under way or done
+    bool reduced = false;        // several ranks: its gradient was given to the reduction
     bool stepped = false;        // the optimizer step now under way has been taken for it, inside the backward pass
 
     Tensor logical(Tensor t) const { return Tensor{t.data, t.dtype, rows, cols, t.ld}; }

@@ -189,10 +189,11 @@ bool Trainer::train_step() {
     if (finite) apply_gradients(device_, *model_, config_, plan, gradients.norm);
     else handle_nonfinite(gradients);
     if (plan.merges && (finite || gradients.updated)) merge(gradients.waited);
-    // The device is still busy with updates, and several ranks need a moment to agree. One process alone looks for signals at the last moment.
-    if (ranks_ && step_ + 1 < config_.train.steps) next_ = next_input();
-    Communicator::synchronize(device_, "the end of a step");
     ++step_;
+    // The device is still busy with updates, and several ranks need a moment to agree. Not where an evaluation or a checkpoint comes between: a signal in
+    // the meantime is to end the run before another step.
+    if (ranks_ && step_ < config_.train.steps && !due(config_.eval.every) && !due(config_.checkpoint.every)) next_ = next_input();
+    Communicator::synchronize(device_, "the end of a step");
     ++steps_here_;
     report_step(gradients.loss, gradients.norm, plan.lr, wall_seconds() - begin);
     if (replicas_ && due(config_.run.verify_every)) replicas_->verify(step_);

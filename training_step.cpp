@@ -32,7 +32,7 @@ StepGradients accumulate_gradients(Device& device, Llama& model, const Config& c
             };
         if (pass.last && inside) {
             pass.may_update = [&] {
-                reduction.add(sums.losses(), count);
+                reduction.add(sums.losses(), count);  // before the gradients here, whose updates depend on them
                 reduction.finish();
                 Control::Activity waits(control, Control::Kind::waiting, "the loss");
                 result.updated = std::isfinite(sums.read_losses(count)) || device.dry();

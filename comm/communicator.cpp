@@ -82,7 +82,7 @@ void Communicator::all_reduce(const std::vector<Tensor>& tensors) {
 
 void Communicator::reduce(Tensor tensor, int root) {
     check_summable(device_, {tensor});
-    CHECK_INTERNAL(tensor.dtype != DType::f64, "f64 is summed on all ranks only");
+    CHECK_INTERNAL(tensor.dtype != DType::f64, "reduce() has no f64");
     OperationTimer timer(device_, "reduce", 0, (rank() == root ? 2.0 : 1.0) * double(content_bytes({tensor})));
     queue_reduce(tensor, root);
 }

@@ -37,7 +37,7 @@ class Communicator {
     // (On the cpu they are done when they return.) Tensors: contiguous (ld = cols), f32, f64 or bf16 (no bf16 on the cpu), of the same shapes on all ranks.
     // The sums have the same bits on all ranks and, on the same machines, in every run.
     void all_reduce(const std::vector<Tensor>& tensors);           // each ← its sum over ranks
-    void reduce(Tensor tensor, int root);                          // not f64; on root: ← the sum, elsewhere left undefined
+    void reduce(Tensor tensor, int root);                          // no f64; on root: ← the sum, elsewhere left undefined
     void broadcast(const std::vector<Tensor>& tensors, int root);  // any dtype, whole bytes
     // What is queued on the device from now on comes after all of the above. Does not wait. A profiler sees here what the device waits.
     void finish();

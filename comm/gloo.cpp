@@ -126,7 +126,10 @@ class GlooCommunicator : public Communicator {
 
     void queue_all_reduce(const std::vector<Tensor>& tensors) override {
         wait_in("all_reduce", [&] {
-            for (const Tensor& t : tensors) t.dtype == DType::f64 ? add_up(t.as<double>(), t.numel()) : add_up(t.as<float>(), t.numel());
+            for (const Tensor& t : tensors) {
+                if (t.dtype == DType::f64) add_up(t.as<double>(), t.numel());
+                else add_up(t.as<float>(), t.numel());
+            }
         });
     }
     void queue_reduce(Tensor tensor, int root) override {

@@ -8,15 +8,14 @@
 //
 // Channels: each takes a multiprocessor from the products that run at the same time, and 12 MiB. Sums of 128 MiB on two H200s: 82 GB/s with 4
 // channels, 156 with 8, 249 with 16, 286 with NCCL's own choice. Training of 60m and 1b was fastest with 16; buffers of 1 MiB (NCCL_BUFFSIZE) in place
-// of 4 save 32 MiB of 380 and cost 3 % of that speed. The environment variables NCCL_MAX_CTAS and NCCL_BUFFSIZE override.
+// of 4 save 32 MiB and cost 3 % of that speed. The environment variables NCCL_MAX_CTAS and NCCL_BUFFSIZE override.
 //
 // Beside a sum every product takes longer than the sum does: its last blocks wait for the multiprocessors that NCCL holds, and these wait for the
 // slower rank. So where links are so fast that all gradients take a few milliseconds, they are summed at once when the backward pass is done
 // (8 layers of 1b on two H200s: 1.6 % of a step that way, 3.8 % in buckets of 32 MiB). Over PCIe or a network they take a hundred times as long, and
-// buckets hide it.
+// buckets hide it. With three ranks and more the order of additions changes with the choice.
 #if defined(WITH_CUDA) && defined(WITH_NCCL)
 #include <nccl.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -31,27 +30,37 @@
 namespace {
 
 constexpr int kMaxChannels = 16;
-// Whether this rank's GPU has NVLink to those of all ranks. PCIe does not have atomic operations between GPUs; the runtime has no other way to tell.
-bool linked_to_all(Device& device, Control& control) {
-    const int own = device.cuda().ordinal;
-    char host[256] = "", bus[32] = "";
-    gethostname(host, sizeof host - 1);
-    CUDA_CHECK(cudaDeviceGetPCIBusId(bus, sizeof bus, own));
-    bool linked = true;
-    for (const std::string& other : control.gather(std::string(host) + ' ' + bus)) {
-        const size_t space = other.rfind(' ');
-        int peer = 0, atomic = 0;
-        const bool seen = other.substr(0, space) == host && cudaDeviceGetByPCIBusId(&peer, other.substr(space + 1).c_str()) == cudaSuccess;
-        if (seen && peer == own) continue;
-        linked = linked && seen && cudaDeviceGetP2PAttribute(&atomic, cudaDevP2PAttrNativeAtomicSupported, own, peer) == cudaSuccess && atomic;
+constexpr int64_t kSumValues = 512;  // that one call of NCCL adds up in sum()
+// Queries of a stream, of a microsecond or two each: between two looks at NCCL's state, and before wait() begins to sleep after each look, for so long.
+constexpr int kSpins = 32;
+constexpr int64_t kSpinsBeforeSleep = 4096;
+constexpr std::chrono::microseconds kSleep(500);
+
+std::string uuid_of(const cudaDeviceProp& properties) { return std::string(properties.uuid.bytes, sizeof properties.uuid.bytes); }
+
+// Whether NVLink connects the GPUs of all ranks, as far as every rank sees them; the same answer on all. PCIe does not have atomic operations between
+// GPUs; the runtime has no other way to tell. A process that is shown its own GPU alone cannot know.
+bool all_linked(Device& device, Control& control) {
+    int count = 0;
+    CUDA_CHECK(cudaGetDeviceCount(&count));
+    std::vector<std::string> visible(count);
+    for (int i = 0; i < count; ++i) {
+        cudaDeviceProp properties;
+        CUDA_CHECK(cudaGetDeviceProperties(&properties, i));
+        visible[i] = uuid_of(properties);
     }
-    cudaGetLastError();
+    const std::string own = uuid_of(device.cuda().properties);
+    bool linked = true;
+    for (const std::string& other : control.gather(own)) {
+        if (other == own) continue;
+        const int peer = int(std::find(visible.begin(), visible.end(), other) - visible.begin());
+        int atomic = 0;
+        if (peer < count) CUDA_CHECK(cudaDeviceGetP2PAttribute(&atomic, cudaDevP2PAttrNativeAtomicSupported, device.cuda().ordinal, peer));
+        linked = linked && atomic;
+    }
+    for (const std::string& verdict : control.gather(linked ? "linked" : "apart")) linked = linked && verdict == "linked";
     return linked;
 }
-
-constexpr int64_t kSumValues = 512;  // that one call of NCCL adds up in sum()
-// Queries of a stream, of a microsecond or two each: between two looks at NCCL's state, and before wait() begins to sleep between them.
-constexpr int kSpins = 32, kSpinsBeforeSleep = 4096;
 
 ncclDataType_t type_of(const Tensor& t) { return t.dtype == DType::bf16 ? ncclBfloat16 : t.dtype == DType::f64 ? ncclFloat64 : ncclFloat32; }
 
@@ -74,7 +83,7 @@ class NcclCommunicator : public Communicator {
         on_host_ = pinned();
         CUDA_CHECK(cudaMalloc(&on_device_, kSumValues * sizeof(double)));  // not through the device: library_bytes has it, as all that is taken here
 
-        for (const std::string& linked : control.gather(linked_to_all(device, control) ? "1" : "0")) all_linked_ = all_linked_ && linked == "1";
+        all_linked_ = all_linked(device, control);
         setenv("NCCL_NVLS_ENABLE", "0", /*overwrite=*/0);
         ncclUniqueId id;
         if (rank() == 0) NCCL_CHECK(ncclGetUniqueId(&id));
@@ -108,7 +117,7 @@ class NcclCommunicator : public Communicator {
 
   private:
     ncclComm_t comm_ = nullptr;
-    bool all_linked_ = true;
+    bool all_linked_ = false;
     cudaStream_t stream_ = nullptr;
     cudaEvent_t queued_ = nullptr, done_ = nullptr;
     double *on_host_ = nullptr, *on_device_ = nullptr;  // kSumValues each
@@ -166,10 +175,10 @@ class NcclCommunicator : public Communicator {
         }
     }
 
-    // Returns when stream_ is empty. A broken connection does not end what is queued on it, so NCCL is asked from time to time. The GPU has nothing to do
-    // meanwhile, and a thread that slept wakes late; so for as long as it may be a matter of moments, this one does not sleep.
+    // Returns when stream_ is empty. A broken connection does not end what is queued on it, so NCCL is asked from time to time. A thread that slept wakes
+    // late, and the GPU soon has nothing to do without it; so for as long as it may be a matter of moments, this one does not sleep.
     void wait() {
-        for (int turn = 1;; ++turn) {
+        for (int64_t turn = 1;; ++turn) {
             const cudaError_t collectives = cudaStreamQuery(stream_);
             if (collectives == cudaSuccess) return;
             if (collectives != cudaErrorNotReady) CUDA_CHECK(collectives);  // the name is for the message
@@ -177,7 +186,7 @@ class NcclCommunicator : public Communicator {
             ncclResult_t failure = ncclSuccess;
             NCCL_CHECK(ncclCommGetAsyncError(comm_, &failure));
             if (failure != ncclSuccess) lost(__FILE__, __LINE__, "a collective operation", failure);
-            if (turn > kSpinsBeforeSleep) std::this_thread::sleep_for(std::chrono::microseconds(20 * kSpins));
+            if (turn > kSpinsBeforeSleep) std::this_thread::sleep_for(kSleep);
         }
     }
 };

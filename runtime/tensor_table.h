@@ -7,7 +7,7 @@
 
 #include "runtime/device.h"
 
-// Bytes. Every tensor of an arena begins at a multiple; what lies between the end of one and the beginning of the next stays zero.
+// Bytes. Every tensor of an arena begins at a multiple; what lies between the end of one and the beginning of the next belongs to nobody.
 constexpr int64_t kTensorAlignment = 256;
 
 enum class Family { frozen, trained, gradients, moments, projection, activations, effective };

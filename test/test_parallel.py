@@ -1,6 +1,6 @@
 """Tests of runs by several processes: they train as one does, and end together whatever happens to one of them.
 
-python3 test/test_parallel.py [CLASS[.TEST]], after make or make cpu. LOQT_TEST_DEVICE=cuda takes two GPUs. See program.py for settings.
+python3 test/test_parallel.py [CLASS[.TEST]], after make or make cpu. LOQT_TEST_DEVICE=cuda takes two GPUs, more tests run on four. See program.py for settings.
 """
 import json
 import array
@@ -45,8 +45,12 @@ def children(process):
 
 
 def most():
-    """How many processes can train together."""
-    return 4 if DEVICE == "cpu" else len(subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, text=True).stdout.splitlines())
+    """How many processes can train together, at most 4."""
+    if DEVICE == "cpu":
+        return 4
+    there = sum(line.startswith("GPU ") for line in subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, text=True).stdout.splitlines())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return min(4, there if visible is None else len(visible.split(",")))
 
 
 def trained(name):
@@ -228,6 +232,19 @@ class EndTest(ParallelTest):
             self.assertEqual(len([e for e in metrics(name) if e["event"] == "checkpoint" and e["step"] == end["step"]]), 1)
             self.succeed("--resume", "--run.dir", name)
             self.assert_same_run(name, reference, which.name)
+
+    def test_signal_in_an_evaluation(self):
+        """No other step is taken, and nothing evaluated twice. One of a few signals comes in time."""
+        for _ in range(8):
+            name, process = self.begin("--eval.every", 1, "--micro_batch", 1, "--checkpoint.every", 0)
+            self.wait_for_steps(process, name, 2)
+            step = trained(name)
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(self.ended(process, 30), (0, ""))
+            events = [(e["event"], e["step"]) for e in metrics(name)]
+            if events[-4:] == [("train", step), ("eval", step), ("checkpoint", step), ("end", step)]:
+                return
+        self.fail(f"seed {program.SEED}: the last of 8 runs was told to stop after step {step} and ended with {events[-4:]}")
 
     def test_signal_to_one_rank(self):
         name, process = self.begin()
