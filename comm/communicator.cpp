@@ -8,8 +8,8 @@
 
 namespace {
 
-// Measured: 670 to 676 MiB on an H200 with the 16 channels of comm/nccl.cu (NCCL 2.28). 12 a channel; some 200
-// once ncclCommInitRank is done; some 290 with the first operation: a stack for every thread that the GPU can hold, which smaller GPUs have fewer of.
+// Measured: 670 to 676 MiB on an H200 with the 16 channels of comm/nccl.cu (NCCL 2.28). 12 MiB a
+// channel; some 200 once ncclCommInitRank is done; some 290 with the first operation: presumably a stack for every thread that the GPU can hold, which smaller GPUs have fewer of.
 constexpr int64_t kNcclBytes = int64_t(680) << 20;
 
 int64_t content_bytes(const std::vector<Tensor>& tensors) {

@@ -7,12 +7,12 @@
 // unless the environment asks for it: CollNet is off by default, NVLS is switched off here.
 //
 // Channels: each takes a multiprocessor from the products that run at the same time, and 12 MiB. Sums of 128 MiB on two H200s: 82 GB/s with 4
-// channels, 156 with 8, 249 with 16, 286 with NCCL's own choice. Training of 60m and 1b was fastest with 16; buffers of 1 MiB (NCCL_BUFFSIZE) in place
+// channels, 156 with 8, 249 with 16, 286 with NCCL's own choice. Training of 60m and of 8 layers of 1b was fastest with 16; buffers of 1 MiB (NCCL_BUFFSIZE) in place
 // of 4 save 32 MiB and cost 3 % of that speed. The environment variables NCCL_MAX_CTAS and NCCL_BUFFSIZE override.
 //
-// Beside a sum every product takes longer than the sum does: its last blocks wait for the multiprocessors that NCCL holds, and these wait for the
-// slower rank. So where links are so fast that all gradients take a few milliseconds, they are summed at once when the backward pass is done
-// (8 layers of 1b on two H200s: 1.6 % of a step that way, 3.8 % in buckets of 32 MiB). Over PCIe or a network they take a hundred times as long, and
+// Sums beside the backward pass cost more time than sums after it, where links are fast: presumably a product's last blocks wait for the
+// multiprocessors that NCCL holds, which in turn wait for the slower rank. So where links are so fast that all gradients take a few milliseconds, they are summed at once when the backward pass is done
+// (8 layers of 1b on two H200s: 1.6 % of a step that way, 3.8 % in buckets of 32 MiB). Over PCIe or a network they take ten times as long and more, and
 // buckets hide it. With three ranks and more the order of additions changes with the choice.
 #if defined(WITH_CUDA) && defined(WITH_NCCL)
 #include <nccl.h>
@@ -38,15 +38,13 @@ constexpr std::chrono::microseconds kSleep(500);
 
 std::string uuid_of(const cudaDeviceProp& properties) { return std::string(properties.uuid.bytes, sizeof properties.uuid.bytes); }
 
-// Whether NVLink connects the GPUs of all ranks, as far as every rank sees them; the same answer on all. PCIe does not have atomic operations between
-// GPUs; the runtime has no other way to tell. A process that is shown its own GPU alone cannot know.
+// Whether NVLink connects the GPUs of all ranks, as far as every rank sees them; the same answer on all. Over PCIe GPUs have no native atomic
+// operations on each other's memory; the runtime has no other way to tell. A process that is shown its own GPU alone cannot know.
 bool all_linked(Device& device, Control& control) {
-    int count = 0;
-    CUDA_CHECK(cudaGetDeviceCount(&count));
-    std::vector<std::string> visible(count);
-    for (int i = 0; i < count; ++i) {
+    std::vector<std::string> visible(Device::cuda_count());
+    for (size_t i = 0; i < visible.size(); ++i) {
         cudaDeviceProp properties;
-        CUDA_CHECK(cudaGetDeviceProperties(&properties, i));
+        CUDA_CHECK(cudaGetDeviceProperties(&properties, int(i)));
         visible[i] = uuid_of(properties);
     }
     const std::string own = uuid_of(device.cuda().properties);
@@ -55,7 +53,7 @@ bool all_linked(Device& device, Control& control) {
         if (other == own) continue;
         const int peer = int(std::find(visible.begin(), visible.end(), other) - visible.begin());
         int atomic = 0;
-        if (peer < count) CUDA_CHECK(cudaDeviceGetP2PAttribute(&atomic, cudaDevP2PAttrNativeAtomicSupported, device.cuda().ordinal, peer));
+        if (peer < int(visible.size())) CUDA_CHECK(cudaDeviceGetP2PAttribute(&atomic, cudaDevP2PAttrNativeAtomicSupported, device.cuda().ordinal, peer));
         linked = linked && atomic;
     }
     for (const std::string& verdict : control.gather(linked ? "linked" : "apart")) linked = linked && verdict == "linked";

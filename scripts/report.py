@@ -192,7 +192,7 @@ def best_of_methods(groups):
 
 
 def find_reference(groups, name):
-    """The group of that label, or else the only one of that method; None where there is none."""
+    """The only group of that label, else the only one whose label is a path that ends so, else the only one of that method; None where there is none."""
     same = [g for g in groups if g.label == name] or [g for g in groups if os.path.basename(g.label) == name] or [g for g in groups if g.method == name]
     return same[0] if len(same) == 1 else None
 
