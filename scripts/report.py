@@ -16,6 +16,8 @@ Runs that differ only in the seed make one row:
   merges, s/merge  merges (restarts, refreshes) of a run, and what the median merge adds to its step; that of the first step is left out
   merge jump     by how many nats the training loss is higher in the ten steps after a merge than in the ten before, less what it does in the 20 steps
                  on either side, where nothing is merged; mean ± standard error over the merges but the first, all seeds together
+  net jump       in place of merge jump, where possible: less what the loss of the reference's runs, or of those --beside, does at the same steps on the
+                 same samples, without a merge near. Some samples are harder than others: what remains is the merge's doing
   skipped        steps left out as not finite, all seeds together
   spikes         steps after the warm-up whose loss exceeds the median of the 50 before by more than 0.5 nats, all seeds together
 Of a page, Markdown with blocks
@@ -39,7 +41,7 @@ import shlex
 import statistics
 import sys
 
-from run_groups import Group, Run, group_runs
+from run_groups import Group, Run, compare_merges, group_runs
 
 # Of Okabe and Ito, told apart by colour-blind people; the yellow is too pale for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -60,8 +62,9 @@ def plus_minus(mean, error, digits=2, sign=""):
     return "-" if mean is None else f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def markdown(groups, reference, at_seconds, wanted=None):
-    """The table; columns that say nothing of any run are left out. wanted: names of the columns beside the run's, in their order; else all."""
+def markdown(groups, reference, at_seconds, net, wanted=None):
+    """The table; columns that say nothing of any run are left out. net: merge jumps are net ones. wanted: names of the columns beside the run's, in their
+    order; else all."""
     columns = {
         "run": [g.label for g in groups],
         "method": [g.method for g in groups],
@@ -86,23 +89,23 @@ def markdown(groups, reference, at_seconds, wanted=None):
         if unknown:
             raise ValueError(f"--columns: no column \"{unknown[0]}\"; there are {', '.join(columns)}")
         columns = {name: columns[name] for name in ["run", *(name for name in wanted if name != "run")]}
-    columns = {name: cells for name, cells in columns.items() if cells}
+    columns = {"net jump" if net and name == "merge jump" else name: cells for name, cells in columns.items() if cells}
     rows = [columns, ["---"] * len(columns), *zip(*columns.values())]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
-def write_csv(groups, reference, at_seconds, path):
-    """One line a group, unrounded; bytes, seconds and nats. Empty: not known."""
+def write_csv(groups, reference, at_seconds, net, path):
+    """One line a group, unrounded; bytes, seconds and nats. Empty: not known. net: merge jumps are net ones."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["run", "method", "seeds", "runs", "step", "steps", "tokens", "eval_step", "loss", "loss_error", "perplexity", "perplexity_error",
                         "reference", "ratio", "at_seconds", "perplexity_at", "perplexity_at_error", "tokens_per_s", "training_seconds", "planned_bytes",
-                        "peak_bytes", "merges", "merge_seconds", "merge_jump", "merge_jump_error", "skipped", "spikes"])
+                        "peak_bytes", "merges", "merge_seconds", "merge_jump", "merge_jump_error", "merge_jump_net", "skipped", "spikes"])
         for g in groups:
             at = g.perplexity_at(at_seconds) if at_seconds else (None, None)
             table.writerow([g.label, g.method, len(g.losses), g.planned_runs, g.step, g.step_limit, round(g.step * g.tokens_per_step), g.eval_step, g.loss,
                             g.loss_error, g.perplexity, g.perplexity_error, reference.label if reference else None, g.ratio_to(reference), at_seconds, *at,
-                            g.rate, g.seconds, g.planned, g.peak, g.merges, g.merge_seconds, g.merge_jump, g.merge_jump_error, g.skipped, g.spikes])
+                            g.rate, g.seconds, g.planned, g.peak, g.merges, g.merge_seconds, g.merge_jump, g.merge_jump_error, int(net), g.skipped, g.spikes])
 
 
 def smoothed(values, window):
@@ -200,6 +203,7 @@ def find_reference(groups, name):
 def parser(kind=argparse.ArgumentParser):
     options = kind(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("runs", nargs="*", metavar="RUN_DIR")
+    options.add_argument("--beside", nargs="+", default=[], metavar="RUN_DIR", help="what net jumps compare with [the reference's runs]")
     options.add_argument("--sweep", metavar="DIR", help="all runs of a folder that sweep.py made, as it groups them")
     options.add_argument("-o", "--output", metavar="FILE.png", help="draw the curves into this file; .svg works too")
     options.add_argument("--x", choices=AXES, default="steps", help="what the picture's x axis shows [steps]")
@@ -225,12 +229,13 @@ def report(args):
     reference = find_reference(groups, args.reference or name or "full")
     if args.reference and not reference:
         raise ValueError(f"--reference {args.reference}: not exactly one row has this name or method; there are {', '.join(g.label for g in groups)}")
-    table = markdown(groups, reference, args.at_seconds, args.columns.split(",") if args.columns else None)
+    net = compare_merges(groups, [Run(run) for run in args.beside] or (reference.runs if reference else []))
+    table = markdown(groups, reference, args.at_seconds, net, args.columns.split(",") if args.columns else None)
     if args.markdown:
         with open(args.markdown, "w", encoding="utf-8") as file:
             file.write(table)
     if args.csv:
-        write_csv(groups, reference, args.at_seconds, args.csv)
+        write_csv(groups, reference, args.at_seconds, net, args.csv)
     if args.output:
         draw(groups, args.x, args.output)
     return groups, table
@@ -247,7 +252,7 @@ def block(arguments, page):
     if args.page:
         raise ValueError("a page within a page")
     # What a pattern does not find stays as it is, to be complained about.
-    args.runs = [path for pattern in args.runs for path in sorted(glob.glob(pattern)) or [pattern]]
+    args.runs, args.beside = ([path for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]] for patterns in (args.runs, args.beside))
     groups, table = report(args)
     runs = [run for group in groups for run in group.runs]
     text = f"{table}\n{len(runs)} run{'s' if len(runs) > 1 else ''} on {', '.join(sorted({run.device for run in runs}))}.\n"

@@ -5,10 +5,10 @@ import os
 import re
 import statistics
 
+from merge_jumps import SAMPLES, MergeJumps
 from summary import read_events
 
 SPIKE_NATS, SPIKE_WINDOW, SPIKE_LEAST = 0.5, 50, 10
-JUMP_WINDOW = 10
 # Keys that leave the training and its evaluations as they are.
 NO_DIFFERENCE = re.compile(r"train\.seed|run\.(dir|device|memory_budget|log_every)|checkpoint\.")
 
@@ -41,25 +41,6 @@ def count_spikes(steps, warmup):
             count += 1
         losses.append(step["loss"])
     return count
-
-
-def merge_jumps(steps, merges):
-    """By how much the loss is higher after each merge than before, mean of the (at most ten) steps after less mean of as many before, and what it does
-    right before and after that, where nothing is merged, taken off. Merges without all these steps, as the first, are left out."""
-    losses = {step["step"]: step["loss"] for step in steps if step["loss"] is not None}
-    last = max(losses, default=0)
-
-    def rise(step, window):  # a line says the loss before its update, which comes before the merge
-        after, before = ([losses.get(line) for line in range(begin, begin + window)] for begin in (step + 2, step + 2 - window))
-        return None if None in after + before else statistics.fmean(after) - statistics.fmean(before)
-
-    jumps = []
-    for before, step, after in zip([0, *merges], merges, [*merges[1:], last]):
-        window = min(JUMP_WINDOW, (step - before) // 4, (after - step) // 4)
-        rises = [rise(at, window) for at in (step, step - 2 * window, step + 2 * window)] if window > 0 else [None]
-        if None not in rises:
-            jumps.append(rises[0] - (rises[1] + rises[2]) / 2)
-    return jumps
 
 
 def training_seconds(steps):
@@ -96,7 +77,7 @@ class Run:
         # What a merge costs is what its step takes longer. The first step is slow for other reasons too.
         usual_ms = statistics.median(s["step_ms"] for s in usual) if usual else 0.0
         self.merge_seconds = [(s["step_ms"] - usual_ms) * 1e-3 for s in self.steps if s["step"] in merged and s["step"] > 1] if usual else []
-        self.merge_jumps = merge_jumps(self.steps, [m["step"] for m in self.merges])
+        self.merge_jumps = MergeJumps(self.steps, [m["step"] for m in self.merges], tuple(self.config.get(key) for key in SAMPLES) if self.config else self.path)
         self.skipped = self.steps[-1].get("skipped", 0) if self.steps else 0
         self.spikes = count_spikes(self.steps, self.config.get("optimizer.warmup_ratio", 0.1) * self.step_limit)
         self.step_axis = [0] + [s["step"] for s in self.steps]
@@ -146,9 +127,14 @@ class Group:
         self.merges = max(len(r.merges) for r in runs)
         merge_seconds = [s for r in runs for s in r.merge_seconds]
         self.merge_seconds = statistics.median(merge_seconds) if merge_seconds else None
-        self.merge_jump, self.merge_jump_error = mean_and_error([jump for r in runs for jump in r.merge_jumps])
+        self.merge_jump, self.merge_jump_error = mean_and_error([jump for r in runs for jump in r.merge_jumps.plain()])
         self.seconds = statistics.fmean(r.seconds[-1] for r in runs)
         self.skipped, self.spikes = sum(r.skipped for r in runs), sum(r.spikes for r in runs)
+
+    def net_jumps(self, beside):
+        """The jumps of all seeds less those of runs beside them (MergeJumps.net); None unless every run has something to compare with."""
+        jumps = [run.merge_jumps.net([other.merge_jumps for other in beside]) for run in self.runs]
+        return None if None in jumps else [jump for own in jumps for jump in own]
 
     def perplexity_at(self, seconds):
         """Mean and standard error over the seeds; (None, None) unless every run was evaluated both before and after."""
@@ -160,6 +146,16 @@ class Group:
         if not reference or None in (self.perplexity, reference.perplexity) or self.eval_tokens != reference.eval_tokens:
             return None
         return self.perplexity / reference.perplexity
+
+
+def compare_merges(groups, beside):
+    """Makes the merge_jump of all groups the net one (MergeJumps.net) if all can be compared with the runs beside. True if so."""
+    jumps = [group.net_jumps(beside) for group in groups]
+    if None in jumps or not any(jumps):
+        return False
+    for group, own in zip(groups, jumps):
+        group.merge_jump, group.merge_jump_error = mean_and_error(own)
+    return True
 
 
 def group_runs(runs):

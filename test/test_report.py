@@ -15,6 +15,7 @@ from test_scripts import GIB, evaluation, loqt_run, train, write_run
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.join(ROOT, "scripts"))
 import run_groups  # noqa: E402
+from merge_jumps import MergeJumps  # noqa: E402
 
 # bench/ has a report too.
 spec = importlib.util.spec_from_file_location("run_report", os.path.join(ROOT, "scripts", "report.py"))
@@ -115,7 +116,7 @@ class ReportTest(unittest.TestCase):
     def test_merge_jumps(self):
         """Losses on a line rise nowhere; a step of 0.25 at every merge but the first is found, and so is none between them."""
         def jumps(loss, merges, last=500):
-            return run_groups.merge_jumps([{"step": step, "loss": loss(step)} for step in range(1, last + 1)], merges)
+            return MergeJumps([{"step": step, "loss": loss(step)} for step in range(1, last + 1)], merges, None).plain()
         for got in jumps(lambda step: 7 - 0.01 * step, [0, 100, 201, 302]):
             self.assertAlmostEqual(got, 0)
         # The line of step u + 1 says the loss before the merge of step u.
@@ -128,10 +129,32 @@ class ReportTest(unittest.TestCase):
             self.assertLess(abs(got), 0.004)
         self.assertEqual(jumps(lambda step: None if step == 105 else 7.0, [0, 100, 201]), [0.0])
         self.assertEqual(jumps(lambda step: 7.0, [0, 2]), [])  # no room for a window
-        self.assertEqual(run_groups.merge_jumps([], [0, 3]), [])
+        self.assertEqual(MergeJumps([], [0, 3], None).plain(), [])
         runs = [write_run(self.folder, f"m{i}", [("start", {"step": 0, "method": "loqt", "planned_bytes": GIB}), *(("merge", {"step": u}) for u in (0, 100, 201)),
                                                  *(train(step, 5.0 + rise * ((step > 101) + (step > 202)), 1000.0) for step in range(1, 401))]) for i, rise in ((1, 0.5), (2, 0.25))]
         self.assertEqual([row["merge jump"] for row in self.table(*runs)], ["+0.500 ± 0.000", "+0.250 ± 0.000"])
+
+    def test_net_jumps(self):
+        """Samples that are 0.3 harder from step 102 on, in every run of their seed, are no merge's doing, which is 0.1 here."""
+        def run(name, seed, method, merges, batch=8):
+            losses = {step: 5.0 + (0.3 if seed == 1 and step > 101 else 0.0) + 0.1 * sum(step > u + 1 for u in merges) for step in range(1, 401)}
+            path = write_run(self.folder, name, [("start", {"step": 0, "method": method, "planned_bytes": GIB}), *(("merge", {"step": u}) for u in merges),
+                                                 *(train(step, loss, 1000.0) for step, loss in losses.items())])
+            with open(os.path.join(path, "config.json"), "w") as file:
+                json.dump({"train": {"seed": seed, "batch": batch}, "method": {"name": method}}, file)
+            return path
+        loqt, full, full_2, other = run("loqt", 1, "loqt", [0, 100, 250]), run("full", 1, "full", []), run("full-2", 2, "full", []), run("other", 1, "full", [], batch=4)
+        near, second, far = (run(f"merges-{step}", 1, "galore", [0, step]) for step in (130, 275, 175))
+        plain, net = {"run": "loqt", "merge jump": "+0.250 ± 0.150"}, {"run": "loqt", "net jump": "+0.100 ± 0.000"}
+        columns = ("--columns", "merge jump")
+        self.assertEqual(self.table(loqt, *columns), [plain])
+        self.assertEqual(self.table(loqt, full, *columns)[0], net)
+        self.assertEqual(self.table(loqt, "--beside", full, full_2, *columns), [net])
+        for beside in (full_2, other, near, second):  # other samples; a merge near the first; one near the second
+            self.assertEqual(self.table(loqt, *columns, "--beside", beside), [plain], beside)
+        self.assertEqual(self.table(loqt, *columns, "--beside", full_2, other, far), [net])
+        self.assertEqual([(row["merge_jump_net"], row["merge_jump"][:5]) for row in self.csv(loqt, full)], [("1", "0.100"), ("1", "")])
+        self.assertEqual([row["merge_jump_net"] for row in self.csv(loqt)], ["0"])
 
     def test_seeds(self):
         """Perplexities 10, 20 and 60: mean 30, deviation √700, standard error √(700/3) = 15.2753."""
