@@ -33,7 +33,7 @@ struct MethodConfig {
 struct OptimizerConfig {
     double lr = 0.01, min_lr_ratio = 0.1, warmup_ratio = 0.1;
     double beta1 = 0.9, beta2 = 0.999, eps = 1e-6, weight_decay = 0.0;
-    double clip = 0.0;                   // global gradient norm; 0 = off
+    double clip = 1.0;                   // global gradient norm; 0 = off
     std::string moments = "fp32";        // fp32 | bf16 | bf16-nearest | int8
     std::string embedding_moments = "auto";  // auto | fp32 | bf16 | int8; auto: as moments, but fp32 for int8
     std::string rounding = "stochastic"; // nearest | stochastic | master: how bf16 parameters take an update

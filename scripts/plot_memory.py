@@ -21,12 +21,12 @@ LOQT = "--method.name loqt --method.projection_gradient last --train.effective_w
 METHODS = {
     "full, bf16 Adam": "--method.name full --optimizer.moments bf16",
     "full, 8-bit Adam": "--method.name full --optimizer.moments int8",
-    "full, 8-bit Adam, per layer": "--method.name full --optimizer.moments int8 --train.updates per_layer",
+    "full, 8-bit Adam, per layer": "--method.name full --optimizer.moments int8 --train.updates per_layer --optimizer.clip 0",
     "loqt, bf16 Adam": LOQT + " --optimizer.moments bf16",
     "loqt, 8-bit Adam": LOQT + " --optimizer.moments int8",
     # Two micro-batches: sums in 8 bits are for what there is to sum.
     "loqt, 8-bit Adam, 8-bit gradient sums": LOQT + " --optimizer.moments int8 --train.gradients int8 --train.batch 2",
-    "loqt, 8-bit Adam, per layer": LOQT + " --optimizer.moments int8 --train.updates per_layer",
+    "loqt, 8-bit Adam, per layer": LOQT + " --optimizer.moments int8 --train.updates per_layer --optimizer.clip 0",
 }
 # Component: colour (of Okabe and Ito, told apart by colour-blind people), lines of the plan. A line that is in none counts as scratch.
 COMPONENTS = {

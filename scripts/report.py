@@ -8,7 +8,7 @@
 Runs that differ only in the seed make one row:
   perplexity     of the last evaluation, exp(loss), mean ± standard error over the seeds. Runs that came less far than others of their row do not
                  count: "seeds" then says "1 of 2"
-  ratio          perplexity over that of the reference after the same number of tokens
+  ratio          perplexity over that of the reference after the same number of tokens; ± its standard error, seed by seed, where both have the same seeds
   at S s         perplexity after S seconds of training (--at-seconds), evaluations and checkpoints left out: the validation loss interpolated between
                  the evaluations before and after. A schedule that is longer than S has not lowered its learning rate by then
   tokens/s       median of the steps without a merge; of several runs the median
@@ -73,7 +73,7 @@ def markdown(groups, reference, at_seconds, net, wanted=None):
         "tokens": [f"{g.step * g.tokens_per_step / 1e6:,.1f} M" for g in groups],
         "validation loss": [known(g.loss, ".4f") for g in groups],
         "perplexity": [plus_minus(g.perplexity, g.perplexity_error) for g in groups],
-        "ratio": [known(g.ratio_to(reference), ".3f") for g in groups] if reference else [],
+        "ratio": [plus_minus(g.ratio_to(reference), g.ratio_error_to(reference), 3) for g in groups] if reference else [],
         f"at {at_seconds or 0:g} s": [plus_minus(*g.perplexity_at(at_seconds)) for g in groups] if at_seconds else [],
         "tokens/s": [known(g.rate, ",.0f") for g in groups],
         "planned": [known(g.planned, gib) for g in groups],
@@ -99,12 +99,13 @@ def write_csv(groups, reference, at_seconds, net, path):
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["run", "method", "seeds", "runs", "step", "steps", "tokens", "eval_step", "loss", "loss_error", "perplexity", "perplexity_error",
-                        "reference", "ratio", "at_seconds", "perplexity_at", "perplexity_at_error", "tokens_per_s", "training_seconds", "planned_bytes",
+                        "reference", "ratio", "ratio_error", "at_seconds", "perplexity_at", "perplexity_at_error", "tokens_per_s", "training_seconds", "planned_bytes",
                         "peak_bytes", "merges", "merge_seconds", "merge_jump", "merge_jump_error", "merge_jump_net", "skipped", "spikes"])
         for g in groups:
             at = g.perplexity_at(at_seconds) if at_seconds else (None, None)
             table.writerow([g.label, g.method, len(g.losses), g.planned_runs, g.step, g.step_limit, round(g.step * g.tokens_per_step), g.eval_step, g.loss,
-                            g.loss_error, g.perplexity, g.perplexity_error, reference.label if reference else None, g.ratio_to(reference), at_seconds, *at,
+                            g.loss_error, g.perplexity, g.perplexity_error, reference.label if reference else None, g.ratio_to(reference), g.ratio_error_to(reference),
+                            at_seconds, *at,
                             g.rate, g.seconds, g.planned, g.peak, g.merges, g.merge_seconds, g.merge_jump, g.merge_jump_error, int(net), g.skipped, g.spikes])
 
 

@@ -115,8 +115,9 @@ class Group:
         self.tokens_per_step = runs[0].tokens_per_step
         # Only runs that came equally far may be averaged.
         self.eval_step = max((r.evals[-1]["step"] for r in runs if r.evals), default=0)
-        last = [r.evals[-1] for r in runs if r.evals and r.evals[-1]["step"] == self.eval_step]
-        self.losses = [e["loss"] for e in last if e["loss"] is not None]
+        last = [(r.seed, r.evals[-1]["loss"]) for r in runs if r.evals and r.evals[-1]["step"] == self.eval_step]
+        self.losses = [loss for _, loss in last if loss is not None]
+        self.loss_of_seed = {seed: loss for seed, loss in last if loss is not None}
         self.loss, self.loss_error = mean_and_error(self.losses)
         self.perplexity, self.perplexity_error = mean_and_error([math.exp(x) for x in self.losses])
         self.eval_tokens = round(self.eval_step * self.tokens_per_step)
@@ -146,6 +147,15 @@ class Group:
         if not reference or None in (self.perplexity, reference.perplexity) or self.eval_tokens != reference.eval_tokens:
             return None
         return self.perplexity / reference.perplexity
+
+    def ratio_error_to(self, reference):
+        """Standard error of that ratio, seed by seed: of what each perplexity differs from ratio × the reference's of the same seed. None unless both have the
+        same seeds, two or more."""
+        ratio, own = self.ratio_to(reference), self.loss_of_seed
+        if ratio is None or self is reference or len(own) != len(self.losses) or own.keys() != reference.loss_of_seed.keys():
+            return None
+        _, error = mean_and_error([math.exp(own[seed]) - ratio * math.exp(reference.loss_of_seed[seed]) for seed in own])
+        return None if error is None else error / reference.perplexity
 
 
 def compare_merges(groups, beside):

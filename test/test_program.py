@@ -245,7 +245,7 @@ class DamageTest(ProgramTest):
 
 class NonFiniteTest(ProgramTest):
     def test_stop(self):
-        for options in ((), ("--method.name", "full"), ("--moments", "int8", "--method.name", "loqt-nq")):
+        for options in ((), ("--clip", 0), ("--method.name", "full"), ("--moments", "int8", "--method.name", "loqt-nq")):
             name = self.name()
             line = self.mistake(new_run(name, *options, "--lr", 1e30), "not finite", "lr")
             step = int(re.search(r"step (\d+)", line)[1])
@@ -260,7 +260,7 @@ class NonFiniteTest(ProgramTest):
         # At some of these learning rates the loss stays finite for a step while the gradient does not (with most data): what was updated by then is not saved.
         for lr in (1e20, 1e22, 1e25, 1e28, 1e31):
             name = self.name()
-            line = self.mistake(new_run(name, "--updates", "per_layer", "--micro_batch", "auto", "--lr", lr, "--warmup_ratio", 0, "--checkpoint.every", 1), "not finite")
+            line = self.mistake(new_run(name, "--updates", "per_layer", "--clip", 0, "--micro_batch", "auto", "--lr", lr, "--warmup_ratio", 0, "--checkpoint.every", 1), "not finite")
             self.assertNotIn("clip", line)  # which updates per layer refuse
             last = re.search(r"the checkpoint of step (\d+) is the last", line)
             step = int((last or re.search(r"step (\d+)", line))[1])
@@ -295,10 +295,10 @@ class MethodTest(ProgramTest):
     VARIANTS = {
         "loqt": (), "loqt-nq": ("--method.name", "loqt-nq"), "full": ("--method.name", "full"),
         "galore": ("--method.name", "galore", "--scale", 1), "galore reset": ("--method.name", "galore", "--scale", 1, "--moments_at_merge", "reset", "--moments", "int8"),
-        "galore per layer": ("--method.name", "galore", "--scale", 1, "--updates", "per_layer", "--micro_batch", 4),
+        "galore per layer": ("--method.name", "galore", "--scale", 1, "--updates", "per_layer", "--clip", 0, "--micro_batch", 4),
         "bf16 P": ("--quantize_projection", "false"), "lora": ("--method.name", "lora"), "qlora": ("--method.name", "qlora", "--effective_weights", "factored"), "loftq": ("--method.name", "loftq"),
         "relora": ("--method.name", "relora", "--relora_warmup", 2), "relora int8": ("--method.name", "relora", "--relora_warmup", 2, "--moments", "int8"),
-        "clipped": ("--clip", 1),
+        "clipped": ("--clip", 0.1), "unclipped": ("--clip", 0),
         "block": ("--recompute", "block"), "none": ("--recompute", "none"),
         "bf16": ("--moments", "bf16"), "bf16-nearest": ("--moments", "bf16-nearest"), "int8": ("--moments", "int8"),
         "nearest": ("--rounding", "nearest"), "stochastic": ("--rounding", "stochastic"), "master": ("--rounding", "master"),
@@ -307,7 +307,7 @@ class MethodTest(ProgramTest):
         "project int8": ("--moments_at_merge", "project", "--moments", "int8"), "single quantization": ("--double_quant", "false"),
         "no compensation": ("--compensation_rounds", 0), "bf16 gradients": ("--gradients", "bf16"), "rebuilt": ("--effective_weights", "rebuilt"),
         "factored": ("--effective_weights", "factored"), "factored nq": ("--effective_weights", "factored", "--method.name", "loqt-nq"),
-        "per layer": ("--updates", "per_layer", "--micro_batch", "auto"), "int8 gradients": ("--gradients", "int8"), "int8 gradients, clipped": ("--gradients", "int8", "--clip", 1),
+        "per layer": ("--updates", "per_layer", "--clip", 0, "--micro_batch", "auto"), "int8 gradients": ("--gradients", "int8"), "int8 gradients, unclipped": ("--gradients", "int8", "--clip", 0),
         "none again": ("--recompute", "none", "--effective_weights", "factored"), "blocks again": ("--recompute", "block"),
         "rows": ("--data.train", "rows", "--data.val", "rows", "--data.layout", "rows"),
     }

@@ -173,6 +173,16 @@ class ReportTest(unittest.TestCase):
         self.assertEqual([r["ratio"] for r in self.table(*runs, *full, "--reference", "loqt")], ["1.000", "0.667"])
         self.assertEqual(self.run_report(*runs, "--reference", "lora")[0], 2)
 
+    def test_error_of_a_ratio(self):
+        """What one seed does to both does not count: 1.1 times the reference with every seed has no error. Apart from that by 1 and -1: √(2/2) over the mean of 60."""
+        full = [self.run_of(f"full_seed-{i}", i, math.log(p), "full", lr=0.001) for i, p in enumerate((20, 100))]
+        same = [self.run_of(f"same_seed-{i}", i, math.log(1.1 * p), lr=0.02) for i, p in enumerate((20, 100))]
+        other = [self.run_of(f"other_seed-{i}", i, math.log(p), lr=0.03) for i, p in enumerate((23, 109))]
+        third = [self.run_of(f"third_seed-{i}", i, math.log(60), lr=0.04) for i in (0, 2)]
+        self.assertEqual([row["ratio"] for row in self.table(*full, *same, *other, *third)], ["1.000", "1.100 ± 0.000", "1.100 ± 0.017", "1.000"])
+        self.assertAlmostEqual(float(self.csv(*full, *other)[1]["ratio_error"]), 1 / 60, places=9)
+        self.assertEqual([row["ratio_error"] for row in self.csv(full[0], same[0])], ["", ""])  # one seed
+
     def test_what_is_not_another_seed(self):
         runs = [self.run_of("a", 1, 3.0), self.run_of("b", 1, 3.0), self.run_of("c", 2, 3.0, lr=0.02), self.run_of("d", 2, 3.0, init_from="model")]
         self.assertEqual([r["run"] for r in self.table(*runs)], ["a", "b", "c", "d"])
