@@ -3,6 +3,7 @@
 #include <initializer_list>
 
 #include "parameter.h"
+#include "method.h"
 #include "plan_options.h"
 
 namespace {
@@ -91,6 +92,8 @@ std::vector<Change> memory_savers(const Config& config, DeviceKind kind, bool re
     offer(cuda && low_rank && config.train.gradients != "int8" && !per_layer, {{"train.gradients", "int8"}});
     offer(embedding == "fp32", {{"optimizer.embedding_moments", "bf16"}});
     // From here on what is trained changes, and not only how it is kept.
+    const MethodPolicy policy = method_policy(config);
+    offer(policy.adapters && policy.projects && config.optimizer.clip > 0, {{"optimizer.clip", "0"}});  // new projections need not wait
     const bool ranked = config.method.name != "full";
     int64_t rank = config.method.rank / 2;
     for (int i = 0; i < 2 && rank >= 16; ++i, rank /= 2) offer(ranked, {{"method.rank", std::to_string(rank)}});

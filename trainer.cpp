@@ -215,7 +215,8 @@ void Trainer::handle_nonfinite(const StepGradients& gradients) {
         text += "weights of the step before are saved";
         if (ranks_) ranks_->control().broadcast("");  // rank 0 has written them: all may end
     }
-    throw UserError(text + "; lower optimizer.lr, " + (updates_per_layer(config_) ? "" : "set optimizer.clip, ") + "or use --nonfinite skip");
+    const char* clip = updates_per_layer(config_) ? "" : config_.optimizer.clip > 0 ? " or optimizer.clip" : " or set optimizer.clip";
+    throw UserError(text + "; lower optimizer.lr" + clip + ", or use --nonfinite skip");
 }
 
 std::string Trainer::utilization(double rate) const {

@@ -16,17 +16,17 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GIB = 2**30
 CARD = 24  # GiB
-COMMON = "--run.device cuda --train.seq_len 256 --train.batch 1 --train.micro_batch 1 --train.gradients bf16 --optimizer.embedding_moments bf16 --train.recompute light"
+COMMON = "--run.device cuda --train.seq_len 256 --train.batch 1 --train.micro_batch 1 --train.gradients bf16 --optimizer.embedding_moments bf16 --train.recompute light --optimizer.clip 0"
 LOQT = "--method.name loqt --method.projection_gradient last --train.effective_weights factored"
 METHODS = {
     "full, bf16 Adam": "--method.name full --optimizer.moments bf16",
     "full, 8-bit Adam": "--method.name full --optimizer.moments int8",
-    "full, 8-bit Adam, per layer": "--method.name full --optimizer.moments int8 --train.updates per_layer --optimizer.clip 0",
+    "full, 8-bit Adam, per layer": "--method.name full --optimizer.moments int8 --train.updates per_layer",
     "loqt, bf16 Adam": LOQT + " --optimizer.moments bf16",
     "loqt, 8-bit Adam": LOQT + " --optimizer.moments int8",
     # Two micro-batches: sums in 8 bits are for what there is to sum.
     "loqt, 8-bit Adam, 8-bit gradient sums": LOQT + " --optimizer.moments int8 --train.gradients int8 --train.batch 2",
-    "loqt, 8-bit Adam, per layer": LOQT + " --optimizer.moments int8 --train.updates per_layer --optimizer.clip 0",
+    "loqt, 8-bit Adam, per layer": LOQT + " --optimizer.moments int8 --train.updates per_layer",
 }
 # Component: colour (of Okabe and Ito, told apart by colour-blind people), lines of the plan. A line that is in none counts as scratch.
 COMPONENTS = {

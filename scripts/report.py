@@ -17,7 +17,8 @@ Runs that differ only in the seed make one row:
   merge jump     by how many nats the training loss is higher in the ten steps after a merge than in the ten before, less what it does in the 20 steps
                  on either side, where nothing is merged; mean ± standard error over the merges but the first, all seeds together
   net jump       in place of merge jump, where possible: less what the loss of the reference's runs, or of those --beside, does at the same steps on the
-                 same samples, without a merge near. Some samples are harder than others: what remains is the merge's doing
+                 same samples, without a merge near. Some samples are harder than others, and where an epoch begins any loss falls: what remains is
+                 the merge's doing
   skipped        steps left out as not finite, all seeds together
   spikes         steps after the warm-up whose loss exceeds the median of the 50 before by more than 0.5 nats, all seeds together
 Of a page, Markdown with blocks

@@ -152,7 +152,7 @@ class Group:
         """Standard error of that ratio, seed by seed: of what each perplexity differs from ratio × the reference's of the same seed. None unless both have the
         same seeds, two or more."""
         ratio, own = self.ratio_to(reference), self.loss_of_seed
-        if ratio is None or self is reference or len(own) != len(self.losses) or own.keys() != reference.loss_of_seed.keys():
+        if ratio is None or self is reference or own.keys() != reference.loss_of_seed.keys():
             return None
         _, error = mean_and_error([math.exp(own[seed]) - ratio * math.exp(reference.loss_of_seed[seed]) for seed in own])
         return None if error is None else error / reference.perplexity

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 
-from sweep_file import Mistake, Sweep, known_keys
+from sweep_file import Mistake, Sweep, default_values, known_keys
 from sweep_run import Run, lock, read_json, words, write_json
 
 SCRIPTS = os.path.dirname(os.path.abspath(__file__))
@@ -247,7 +247,10 @@ def check_sweep(sweep, runs):
 def run_sweeps(args, overrides, interrupts):
     deadline = time.monotonic() + args.time_limit
     keys = known_keys(args.binary)
+    defaults = default_values(args.binary)
     sweeps = [read_sweep(file, args, keys, overrides) for file in args.files]
+    for sweep in sweeps:
+        sweep.defaults = defaults
     if len({os.path.abspath(sweep.folder) for sweep in sweeps}) < len(sweeps):
         raise Mistake("two of the sweeps have the same folder; --out is for one file, and names differ")
     devices = find_devices(args.devices, args.binary)

@@ -40,6 +40,12 @@ def known_keys(program):
     return names
 
 
+def default_values(program):
+    """{full key: value} of every configuration key that has one, from the program's --help."""
+    text = subprocess.run([program, "--help"], capture_output=True, text=True).stdout
+    return {key: json.loads(value) for key, value in re.findall(r"--([a-z]+\.\w+)(?:,--\w+)? VALUE\s.*?\[([^\[\]]+)\]\s*$", text, re.M | re.S)}
+
+
 def full_key(name, keys, where):
     key = keys.get(name.replace("-", "_"))
     if key in SWEEP_DECIDES:

@@ -13,6 +13,7 @@ from summary import read_events
 
 # Keys that change no result: they may differ when a run goes on.
 FREE_TO_CHANGE = re.compile(r"checkpoint\.|run\.(memory_budget|log_every)")
+RESOLVED = re.compile(r"run\.|model\.kv_heads|train\.(micro_batch|recompute|effective_weights)")  # keys of config.json that the program fills in
 SAME_SPEED = re.compile(r"checkpoint\.|eval\.|optimizer\.lr|method\.scale|train\.(seed|steps)|run\.log_every")  # keys that a step takes no longer for, or hardly
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
@@ -63,6 +64,11 @@ def configured_steps(path):
     return (read_json(path) or {}).get("train", {}).get("steps")
 
 
+def flat(config):
+    """{"section.key": value} of a configuration read from JSON; {} of None."""
+    return {f"{section}.{key}": value for section, keys in (config or {}).items() if isinstance(keys, dict) for key, value in keys.items()}
+
+
 def same_value(a, b):
     if a is None or b is None or a == b:
         return a == b
@@ -84,6 +90,7 @@ class Run:
         self.name, self.title, self.options, self.turn, self.keep = planned.name, title, planned.options, planned.turn, sweep.keep
         self.folder = os.path.join(sweep.folder, self.name)
         self.log, self.record = self.folder + ".log", self.folder + ".json"
+        self.configured, self.defaults = flat(read_json(sweep.path)), sweep.defaults
         self.made_with = {"config": sweep.config, "config_sha256": sweep.config_hash, "options": self.options}
         self.steps = float(self.options.get("train.steps") or configured_steps(sweep.path) or 0)
         self.what_counts_for_speed = (sweep.config, {key: value for key, value in self.options.items() if not SAME_SPEED.match(key)})
@@ -119,6 +126,14 @@ class Run:
             before, now = made["options"].get(key), self.options.get(key)
             if not FREE_TO_CHANGE.match(key) and not same_value(before, now):
                 return f"made with {key} {before if before is not None else 'as the configuration has it'}, now {now if now is not None else 'as the configuration has it'}"
+        return self.other_default()
+
+    def other_default(self):
+        """A setting that the run has from a program with another default; "" if there is none. Such a run must not be averaged with new ones."""
+        for key, value in flat(read_json(os.path.join(self.folder, "config.json"))).items():
+            ours = RESOLVED.match(key) or key.startswith("model.") and self.options.get("run.init_from", self.configured.get("run.init_from"))
+            if not ours and key not in self.options and key not in self.configured and value != self.defaults.get(key, value):
+                return f"made with {key} {value}, the default then; now it is {self.defaults[key]}"
         return ""
 
     def check(self):

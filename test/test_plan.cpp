@@ -217,7 +217,8 @@ TEST_CASE("plan: the least harmful change comes first", "[plan]") {
     CHECK(first(preset("1b"), 11) == "projection_gradient last");
     CHECK(first(changed(preset("1b"), {{"projection_gradient", "last"}}), 7.2) == "gradients bf16");
     CHECK(first(changed(preset("7b"), {{"method", "full"}}), 24) == "method loqt");
-    CHECK(first(preset("13b"), 22) == "rank 512");
+    CHECK(first(preset("13b"), 22) == "rank 512");  // it does not clip
+    CHECK(first(changed(preset("7b"), {{"gradients", "int8"}, {"embedding_moments", "bf16"}}), 14.6) == "clip 0");
     // galore has a rank of its own to lower before it becomes another method.
     const Config galore = changed(preset("1b"), {{"method", "galore"}, {"gradients", "bf16"}, {"moments", "int8"}, {"embedding_moments", "bf16"}});
     CHECK(first(galore, 7) == "rank 256");

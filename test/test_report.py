@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import random
 import sys
 import tempfile
 import unittest
@@ -173,6 +174,70 @@ class ReportTest(unittest.TestCase):
         self.assertEqual([r["ratio"] for r in self.table(*runs, *full, "--reference", "loqt")], ["1.000", "0.667"])
         self.assertEqual(self.run_report(*runs, "--reference", "lora")[0], 2)
 
+    def test_jumps_of_random_losses(self):
+        """Against sums written out: w lines after the merge's own and w up to it, the same 2·w earlier and later, w at most ten and a quarter of the way to the next merge."""
+        seed = random.randrange(2**32)
+        rng = random.Random(seed)
+        for _ in range(20):
+            last = rng.randrange(150, 400)
+            merges = sorted({0, *rng.sample(range(4, last - 4), rng.randrange(1, 8))})
+            loss, other, third = ({line: rng.gauss(5, 1) for line in range(1, last + 1)} for _ in range(3))
+            quiet = [rng.randrange(1, last)]  # where the third run merges
+
+            def jump(of, u, w):
+                total = 0.0
+                for shift, factor in ((0, 1.0), (-2 * w, -0.5), (2 * w, -0.5)):
+                    for k in range(w):
+                        total += factor * (of[u + shift + 2 + k] - of[u + shift + 1 - k]) / w
+                return total
+            plain, net = [], []
+            for before, u, after in zip([0, *merges], merges, [*merges[1:], last]):
+                w = min(10, (u - before) // 4, (after - u) // 4)
+                if w > 0 and u + 3 * w + 1 <= last:
+                    plain.append(jump(loss, u, w))
+                    beside = [jump(other, u, w)] + ([jump(third, u, w)] if abs(u - quiet[0]) > 3 * w else [])
+                    net.append(plain[-1] - sum(beside) / len(beside))
+
+            def made(losses, where):
+                return MergeJumps([{"step": step, "loss": value} for step, value in losses.items()], where, "same")
+            own, beside = made(loss, merges), [made(other, []), made(third, quiet)]
+            for got, expected in ((own.plain(), plain), (own.net(beside), net)):
+                self.assertEqual(len(got), len(expected), seed)
+                for a, b in zip(got, expected):
+                    self.assertAlmostEqual(a, b, places=9, msg=f"seed {seed}")
+
+    def test_same_samples(self):
+        """Runs are compared only if nothing differs that decides on samples; and either all rows are compared or none."""
+        def run(name, merges, rise, **keys):
+            path = write_run(self.folder, name, [("start", {"step": 0, "method": "loqt", "planned_bytes": GIB}), *(("merge", {"step": u}) for u in merges),
+                                                 *(train(step, 5.0 + rise * (step > 101), 1000.0) for step in range(1, 301))])
+            config = {"train": {"seed": 1, "seq_len": 16, "batch": 8}, "data": {"train": "a", "layout": "packed", "shuffle": True, "pad_id": -1}}
+            for key, value in keys.items():
+                section, name = key.split("__")
+                config[section][name] = value
+            with open(os.path.join(path, "config.json"), "w") as file:
+                json.dump(config, file)
+            return path
+        loqt = run("loqt", [0, 100], 0.5)
+        for number, keys in enumerate(({}, {"train__seed": 2}, {"train__seq_len": 8}, {"train__batch": 4}, {"data__train": "b"}, {"data__layout": "rows"}, {"data__shuffle": False}, {"data__pad_id": 0})):
+            quiet, moving = run(f"quiet{number}", [], 0.2, **keys), run(f"moving{number}", [0, 100], 0.5, **keys)
+            rows = self.table(loqt, "--beside", quiet, "--columns", "merge jump")
+            self.assertEqual(rows, [{"run": "loqt", "net jump": "+0.300"} if not keys else {"run": "loqt", "merge jump": "+0.500"}], keys)
+            rows = self.table(loqt, moving, "--beside", os.path.join(self.folder, "quiet0"), "--columns", "merge jump")
+            self.assertEqual("net jump" in rows[0], not keys, keys)
+        other = run("full", [], 0.4)
+        self.assertEqual([self.table(loqt, other, "--reference", "full", *beside, "--columns", "merge jump")[0]["net jump"] for beside in ((), ("--beside", os.path.join(self.folder, "quiet0")))],
+                         ["+0.100", "+0.300"])
+        page = os.path.join(self.folder, "page.md")
+        with open(page, "w") as file:
+            file.write(f"<!-- report: {loqt} --beside '{self.folder}/quiet[0]' --columns 'merge jump' -->\n<!-- end of report -->\n")
+        self.assertEqual(self.run_report("--page", page)[0], 0)
+        with open(page) as file:
+            self.assertIn("| loqt | +0.300 |", file.read())
+        unnamed = [write_run(self.folder, name, [("start", {"step": 0, "method": "loqt", "planned_bytes": GIB}), *(("merge", {"step": u}) for u in merges),
+                                                 *(train(step, 5.0, 1000.0) for step in range(1, 301))]) for name, merges in (("x", [0, 100]), ("y", []))]
+        self.assertIn("merge jump", self.table(unnamed[0], "--beside", unnamed[1])[0])  # without config.json nothing is known of samples
+
     def test_error_of_a_ratio(self):
         """What one seed does to both does not count: 1.1 times the reference with every seed has no error. Apart from that by 1 and -1: √(2/2) over the mean of 60."""
         full = [self.run_of(f"full_seed-{i}", i, math.log(p), "full", lr=0.001) for i, p in enumerate((20, 100))]
@@ -182,6 +247,9 @@ class ReportTest(unittest.TestCase):
         self.assertEqual([row["ratio"] for row in self.table(*full, *same, *other, *third)], ["1.000", "1.100 ± 0.000", "1.100 ± 0.017", "1.000"])
         self.assertAlmostEqual(float(self.csv(*full, *other)[1]["ratio_error"]), 1 / 60, places=9)
         self.assertEqual([row["ratio_error"] for row in self.csv(full[0], same[0])], ["", ""])  # one seed
+        with open(os.path.join(other[1], "metrics.jsonl"), "a") as file:  # one seed diverged
+            file.write('{"event": "eval", "time": 9e9, "step": 4, "loss": null, "perplexity": null}\n')
+        self.assertEqual(self.table(*full, *other)[1]["ratio"], "0.383")
 
     def test_what_is_not_another_seed(self):
         runs = [self.run_of("a", 1, 3.0), self.run_of("b", 1, 3.0), self.run_of("c", 2, 3.0, lr=0.02), self.run_of("d", 2, 3.0, init_from="model")]

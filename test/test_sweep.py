@@ -275,7 +275,7 @@ class SweepTest(unittest.TestCase):
         """By the slowest run that differs in nothing but what a step takes no longer for, else by the slowest."""
         with open(path("base.json"), "w") as file:
             json.dump({"train": {"steps": 1000}}, file)
-        sweep_of = types.SimpleNamespace(keep="metrics", folder=path(), config="base.json", config_hash="", path=path("base.json"))
+        sweep_of = types.SimpleNamespace(keep="metrics", folder=path(), config="base.json", config_hash="", path=path("base.json"), defaults={})
 
         def run(speed=None, sweep=sweep_of, **options):
             planned = sweep_file.PlannedRun("run", "run", {key.replace("__", "."): value for key, value in options.items()}, 0)
@@ -368,6 +368,14 @@ sys.exit(status)
             json.dump(program.CONFIG, file)
         file = write_sweep("own-sweep", config="own.json", seeds=[1], options={"steps": 2})
         self.assertEqual(sweep(file, "--out", "own")[1], 0)
+        with open(path("own", "seed-1", "config.json")) as f:
+            made = json.load(f)
+        for value, refused in ((made["optimizer"]["beta2"], False), (0.95, True)):  # as by a program with another default
+            with open(path("own", "seed-1", "config.json"), "w") as f:
+                json.dump({**made, "optimizer": {**made["optimizer"], "beta2": value}}, f)
+            text, status = sweep(file, "--out", "own")
+            self.assertEqual(status, int(refused), text)
+            self.assertEqual("seed-1: refused: made with optimizer.beta2 0.95, the default then; now it is 0.999; remove own/seed-1 to make it again" in text, refused, text)
         with open(path("own.json"), "w") as f:
             json.dump({**program.CONFIG, "optimizer": {"lr": 0.02}}, f)
         text, status = sweep(file, "--out", "own")
