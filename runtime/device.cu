@@ -116,7 +116,8 @@ std::unique_ptr<Device> Device::open(const std::string& which) {
         return device;
     }
 #endif
-    device->name_ = format("CPU, %d threads", omp_get_max_threads());
+    const int threads = omp_get_max_threads();
+    device->name_ = format("CPU, %d thread%s", threads, threads == 1 ? "" : "s");
     return device;
 }
 
