@@ -69,6 +69,16 @@ bool was_given(const Arguments& a, const char* key) {
     return std::any_of(a.overrides.begin(), a.overrides.end(), [&](const Override& o) { return o.key == key; });
 }
 
+// A preset's learning rate is for its method: another method trained with it would look worse than it is. docs/experiments.md has the rates.
+std::string borrowed_rate_remark(const Arguments& a, const Config& file, const Config& given) {
+    const std::string &method = given.method.name, &of = file.method.name;
+    const bool adapters = method == "loqt" || method == "loqt-nq";
+    if (a.plan || method == of || was_given(a, "optimizer.lr") || (adapters && (of == "loqt" || of == "loqt-nq"))) return "";
+    const char* own = adapters ? "0.005 to 0.01" : method == "full" ? "0.002" : method == "galore" ? "0.01 with --scale 0.25" : "0.001 to 0.003";
+    if (method == "galore" && was_given(a, "method.scale")) return "";
+    return format("optimizer.lr %g is what %s has for %s; %s did best with %s at 60m (docs/experiments.md): give --lr", given.optimizer.lr, a.config_file.c_str(), of.c_str(), method.c_str(), own);
+}
+
 // A stored micro-batch may be for another number of ranks: the largest up to it that every rank's share of a batch is a multiple of, for this time.
 void fit_micro_batch(const Arguments& a, Config& config) {
     if (was_given(a, "train.micro_batch") || was_given(a, "train.updates")) return;
@@ -168,6 +178,7 @@ Config configure(const Arguments& a, bool existing_run, const RankCount& ranks, 
         }
         given.world_size = ranks(given);
         validate_config(given);
+        remark = borrowed_rate_remark(a, config, given);
         return given;
     }
     if (given.run.dir.empty()) throw UserError("which run? give --run.dir, or the --config it was started with");

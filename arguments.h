@@ -19,7 +19,7 @@ struct Arguments {
 Arguments parse(int argc, char** argv);
 
 // The run's own config.json on --resume, --sample and --export; else the given file. Command-line values go on top. ranks says how many processes are to
-// train by a configuration. changes: what differs from the run's own. remark: for the user, once, where the run is resumed; empty: none. Throws UserError.
+// train by a configuration. changes: what differs from the run's own. remark: for the user, once; empty: none. Throws UserError.
 using RankCount = std::function<int64_t(const Config&)>;
 Config configure(const Arguments& arguments, bool existing_run, const RankCount& ranks, std::vector<std::string>& changes, std::string& remark);
 

@@ -86,12 +86,13 @@ std::vector<Change> memory_savers(const Config& config, DeviceKind kind, bool re
     offer(config.train.micro_batch > 1 && !per_layer, {{"train.micro_batch", "auto"}});
     offer(config.train.recompute != "auto" && config.train.recompute != "block", {{"train.recompute", "auto"}});
     offer(low_rank && config.train.effective_weights != "auto", {{"train.effective_weights", "auto"}});
-    offer(low_rank && config.method.projection_gradient == "full", {{"method.projection_gradient", "last"}});
     offer(cuda && config.train.gradients == "fp32", {{"train.gradients", "bf16"}});
     offer(config.optimizer.moments != "int8", {{"optimizer.moments", "int8"}});
     offer(cuda && low_rank && config.train.gradients != "int8" && !per_layer, {{"train.gradients", "int8"}});
     offer(embedding == "fp32", {{"optimizer.embedding_moments", "bf16"}});
+    offer(low_rank && config.method.projection_gradient == "full", {{"method.projection_gradient", "last"}});  // costs more than all before (docs/experiments.md)
     // From here on what is trained changes, and not only how it is kept.
+    offer(config.method.name == "lora", {{"method.name", "qlora"}});
     const MethodPolicy policy = method_policy(config);
     offer(policy.adapters && policy.projects && config.optimizer.clip > 0, {{"optimizer.clip", "0"}});  // new projections need not wait
     const bool ranked = config.method.name != "full";
@@ -112,6 +113,14 @@ std::vector<Change> memory_savers(const Config& config, DeviceKind kind, bool re
     return changes;
 }
 
+// The changes with another one, in place of one of the same kind.
+std::vector<Change> with_change(std::vector<Change> changes, const Change& change) {
+    auto alike = [&](const Change& other) { return other.front().key == change.front().key; };
+    changes.erase(std::remove_if(changes.begin(), changes.end(), alike), changes.end());
+    changes.push_back(change);
+    return changes;
+}
+
 // The changes with the i-th left out, or the mildest of its kind in its place, if that fits too: beside those after it, it may be more than is needed.
 template <class Fits> std::vector<Change> milder(const std::vector<Change>& changes, size_t i, const std::vector<Change>& savers, Fits&& fits) {
     std::vector<Change> fewer = changes;
@@ -126,31 +135,34 @@ template <class Fits> std::vector<Change> milder(const std::vector<Change>& chan
     return changes;
 }
 
+// No more of the changes than it takes to fit.
+template <class Fits> std::vector<Change> pruned(std::vector<Change> changes, const std::vector<Change>& savers, Fits&& fits) {
+    for (size_t i = changes.size(); i-- > 0;) changes = milder(changes, i, savers, fits);
+    return changes;
+}
+
 }  // namespace
 
 std::string what_would_fit(const Config& config, DeviceKind kind, int64_t budget, bool resumed) {
     auto fits = [&](const std::vector<Change>& changes) { return can_fit(with(config, changes), kind, budget); };
-    std::vector<Change> savers = memory_savers(config, kind, resumed), applied;
+    std::vector<Change> savers = memory_savers(config, kind, resumed), applied;  // applied: all of the stages before
     auto first_of = [&](std::initializer_list<const char*> keys) {
         return std::find_if(savers.begin(), savers.end(), [&](const Change& change) { return std::find(keys.begin(), keys.end(), change.back().key) != keys.end(); });
     };
-    // What only changes how numbers are kept, all of it, comes before what changes what is trained; galore's own rank before another method, that before another batch.
-    const auto drastic = first_of({"train.batch", "optimizer.clip", "method.rank", "train.seq_len"});
+    // In stages, each tried with all that was tried before and then without what of it is not needed: how numbers are kept; projections from less; what is
+    // trained, where galore's own rank comes before another method, and that before another batch.
+    const auto drastic = first_of({"train.batch", "optimizer.clip", "method.name", "method.rank", "train.seq_len"});
     const auto before_method = config.low_rank() || resumed ? savers.end() : first_of({"train.batch", "optimizer.clip", "train.seq_len"});
-    std::vector<std::vector<Change>::iterator> ends = {drastic, before_method, savers.end()};
+    std::vector<std::vector<Change>::iterator> ends = {std::min(first_of({"method.projection_gradient"}), drastic), drastic, before_method, savers.end()};
     ends.erase(std::unique(ends.begin(), ends.end()), ends.end());
     const std::string fits_with = "it fits with";
     auto begin = savers.begin();
     for (auto end : ends) {
         for (auto change = begin; change != end; ++change)
-            if (fits({*change})) return fits_with + option_text({*change});
+            if (std::vector<Change> one = with_change(applied, *change); fits(one)) return fits_with + option_text(pruned(one, savers, fits));
         for (auto change = begin; change != end; ++change) {
-            auto alike = [&](const Change& other) { return other.front().key == change->front().key; };
-            applied.erase(std::remove_if(applied.begin(), applied.end(), alike), applied.end());
-            applied.push_back(*change);
-            if (!fits(applied)) continue;
-            for (size_t i = applied.size(); i-- > 0;) applied = milder(applied, i, savers, fits);
-            return fits_with + option_text(applied);
+            applied = with_change(applied, *change);
+            if (fits(applied)) return fits_with + option_text(pruned(applied, savers, fits));
         }
         begin = end;
         if (config.low_rank() || resumed || end != before_method) continue;

@@ -71,7 +71,8 @@ void request_stop(int signal) {
     stop_requested = true;
 }
 
-void train(const Arguments& a, Config& config, Device& device, const std::vector<std::string>& changes) {
+// remark: said once all mistakes would have shown.
+void train(const Arguments& a, Config& config, Device& device, const std::vector<std::string>& changes, const std::string& remark) {
     Communicator* ranks = device.communicator();
     int64_t budget = memory_budget(config, &device);
     if (ranks)  // all by one plan: that of the GPU with the least
@@ -79,6 +80,7 @@ void train(const Arguments& a, Config& config, Device& device, const std::vector
     MemoryPlan plan = choose_plan(config, device.kind(), budget, a.resume);
     if (budget) device.limit_memory(budget - library_bytes(device.kind()) - (ranks ? Communicator::library_bytes(device.kind()) : 0));  // held to, should the plan ever be wrong
     Trainer trainer(config, device, plan, a.resume, changes);
+    if (!remark.empty()) std::fprintf(stderr, "%s\n", remark.c_str());
     // From here on Ctrl-C means: finish the step, save, leave.
     struct sigaction action {};
     action.sa_handler = request_stop;
@@ -130,10 +132,9 @@ void train_together(const Arguments& a, const World& world, Control& control) {
     using json = nlohmann::json;
     Config config;
     std::vector<std::string> changes;
+    std::string remark;
     if (world.root()) {
-        std::string remark;
         config = configure(a, a.resume, [&](const Config&) { return int64_t(world.size); }, changes, remark);
-        if (!remark.empty()) std::fprintf(stderr, "%s\n", remark.c_str());
         refuse_second_run(a, config);
         for (const Override& o : a.overrides)
             if (o.key == "run.gpus" && world.launcher != "train_loqt" && config.run.gpus != world.size)
@@ -158,7 +159,7 @@ void train_together(const Arguments& a, const World& world, Control& control) {
     if (count && gpu >= count) throw UserError(format("rank %d wants GPU %d of its machine, which has %d", world.rank, gpu, count));
     auto device = Device::open(cuda ? "cuda:" + std::to_string(gpu) : "cpu");
     auto communicator = Communicator::connect(*device, control);
-    train(arguments, config, *device, changes);
+    train(arguments, config, *device, changes, remark);
 }
 
 int run_together(const Arguments& a, const World& world) {
@@ -190,7 +191,6 @@ int run(int argc, char** argv, const World& world) {
     std::string remark;
     Config config = configure(a, a.resume || a.sample || !a.export_dir.empty(), trains ? RankCount(processes_wanted) : a.plan ? RankCount(planned) : RankCount(one), changes, remark);
     const bool starts_others = trains && config.world_size > 1;
-    if (!remark.empty() && !starts_others) std::fprintf(stderr, "%s\n", remark.c_str());  // else their rank 0 says it
     if (a.plan) return print_plan(a, config), 0;
     if (a.sample || !a.export_dir.empty()) {
         auto device = Device::open(config.run.device);
@@ -201,7 +201,7 @@ int run(int argc, char** argv, const World& world) {
     refuse_second_run(a, config);
     if (starts_others) return start_processes(config, argv);
     auto device = Device::open(config.run.device);
-    train(a, config, *device, changes);
+    train(a, config, *device, changes, remark);
     return 0;
 }
 

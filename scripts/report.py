@@ -90,6 +90,8 @@ def markdown(groups, reference, at_seconds, net, wanted=None):
         if unknown:
             raise ValueError(f"--columns: no column \"{unknown[0]}\"; there are {', '.join(columns)}")
         columns = {name: columns[name] for name in ["run", *(name for name in wanted if name != "run")]}
+    if wanted:  # what was asked for is there, if only to say that there is nothing
+        columns = {name: cells or ["-"] * len(groups) for name, cells in columns.items()}
     columns = {"net jump" if net and name == "merge jump" else name: cells for name, cells in columns.items() if cells}
     rows = [columns, ["---"] * len(columns), *zip(*columns.values())]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
@@ -197,9 +199,12 @@ def best_of_methods(groups):
 
 
 def find_reference(groups, name):
-    """The only group of that label, else the only one whose label is a path that ends so, else the only one of that method; None where there is none."""
-    same = [g for g in groups if g.label == name] or [g for g in groups if os.path.basename(g.label) == name] or [g for g in groups if g.method == name]
-    return same[0] if len(same) == 1 else None
+    """The only group of that label, else the only one whose label is a path that ends so, else the best of that method; None where there is none."""
+    same = [g for g in groups if g.label == name] or [g for g in groups if os.path.basename(g.label) == name]
+    if same:
+        return same[0] if len(same) == 1 else None
+    of_method = [g for g in groups if g.method == name]
+    return of_method[0] if len(of_method) == 1 else min((g for g in of_method if g.perplexity is not None), key=lambda g: g.perplexity, default=None)
 
 
 def parser(kind=argparse.ArgumentParser):
@@ -213,7 +218,7 @@ def parser(kind=argparse.ArgumentParser):
     options.add_argument("--markdown", metavar="FILE", help="write the table into this file too")
     options.add_argument("--page", metavar="FILE", help="make the tables and pictures of this page anew")
     options.add_argument("--columns", metavar="NAME,NAME", help="only these columns, in this order [all]")
-    options.add_argument("--reference", metavar="NAME", help="the row, or the method, that ratio compares with [the sweep's, or full]")
+    options.add_argument("--reference", metavar="NAME", help="the row, or the method whose best row, that ratio compares with [the sweep's, or full]")
     options.add_argument("--best", action="store_true", help="of every method only the row with the lowest perplexity: each at its own best learning rate")
     options.add_argument("--at-seconds", type=float, metavar="S", help="a column with the perplexity after S seconds of training")
     return options
@@ -223,6 +228,9 @@ def report(args):
     """([Group], the table); writes the files that were asked for. Raises ValueError for what cannot be."""
     if bool(args.runs) == bool(args.sweep):
         raise ValueError("give run directories, or --sweep DIR")
+    for path in args.runs:
+        if os.path.exists(os.path.join(path, "sweep.json")):
+            raise ValueError(f"{path} holds the runs of a sweep: --sweep {path}")
     groups, name = read_sweep(args.sweep) if args.sweep else (group_runs([Run(run) for run in args.runs]), None)
     if not groups:
         raise ValueError(f"{args.sweep}: no run has begun")
@@ -230,7 +238,7 @@ def report(args):
         groups = best_of_methods(groups) or groups
     reference = find_reference(groups, args.reference or name or "full")
     if args.reference and not reference:
-        raise ValueError(f"--reference {args.reference}: not exactly one row has this name or method; there are {', '.join(g.label for g in groups)}")
+        raise ValueError(f"--reference {args.reference}: not exactly one row has this name, and none with a perplexity this method; there are {', '.join(g.label for g in groups)}")
     net = compare_merges(groups, [Run(run) for run in args.beside] or (reference.runs if reference else []))
     table = markdown(groups, reference, args.at_seconds, net, args.columns.split(",") if args.columns else None)
     if args.markdown:

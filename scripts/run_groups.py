@@ -115,7 +115,7 @@ class Group:
         self.tokens_per_step = runs[0].tokens_per_step
         # Only runs that came equally far may be averaged.
         self.eval_step = max((r.evals[-1]["step"] for r in runs if r.evals), default=0)
-        last = [(r.seed, r.evals[-1]["loss"]) for r in runs if r.evals and r.evals[-1]["step"] == self.eval_step]
+        last = [(r.seed, r.evals[-1]["loss"]) for r in runs if r.evals and r.evals[-1]["step"] == self.eval_step and (self.eval_step or not r.step)]  # not the first one's of a run under way
         self.losses = [loss for _, loss in last if loss is not None]
         self.loss_of_seed = {seed: loss for seed, loss in last if loss is not None}
         self.loss, self.loss_error = mean_and_error(self.losses)

@@ -140,7 +140,7 @@ class Run:
         """Finished, refused, or waiting to be run."""
         difference = self.difference()
         if difference:
-            self.state, self.detail = "refused", f"{difference}; remove {self.folder} to make it again"
+            self.state, self.detail = "refused", f"{difference}; remove {self.folder} to make it again, or take another --out"
         elif self.begun() and self.finished():
             self.finish()
 

@@ -214,7 +214,17 @@ TEST_CASE("plan: the least harmful change comes first", "[plan]") {
     };
     CHECK(first(changed(preset("60m"), {{"micro_batch", "512"}}), 4) == "micro_batch auto");
     CHECK(first(changed(preset("7b"), {{"effective_weights", "cached"}, {"recompute", "block"}}), 20) == "effective_weights auto");
-    CHECK(first(preset("1b"), 11) == "projection_gradient last");
+    // How numbers are kept comes before projections from the last micro-batch, all of both before what is trained.
+    CHECK(first(preset("1b"), 11) == "moments int8");
+    CHECK(first(preset("1b"), 8) == "projection_gradient last");
+    auto all = [](const Config& c, double gib) {
+        std::string text;
+        for (const Override& o : advice(refusal(c, DeviceKind::cuda, gibibytes(gib)))) text += " " + o.key + " " + o.value;
+        return text;
+    };
+    CHECK(all(preset("1b"), 10) == " gradients bf16 moments int8");
+    CHECK(all(preset("7b"), 12) == " gradients int8 rank 512");  // not a quarter of the rank alone
+    CHECK(all(changed(preset("7b"), {{"method", "lora"}}), 24) == " method qlora");
     CHECK(first(changed(preset("1b"), {{"projection_gradient", "last"}}), 7.2) == "gradients bf16");
     CHECK(first(changed(preset("7b"), {{"method", "full"}}), 24) == "method loqt");
     CHECK(first(preset("13b"), 22) == "rank 512");  // it does not clip

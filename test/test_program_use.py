@@ -162,6 +162,17 @@ class MistakeTest(ProgramTest):
         self.assertEqual(len(series(name)), 12)
 
 
+class BorrowedRateTest(ProgramTest):
+    def test_another_method_without_a_rate_of_its_own(self):
+        for options, said in ((("--method.name", "full"), "full did best with 0.002"), (("--method.name", "galore", "--scale", 1), None), (("--method.name", "galore"), "--scale 0.25"),
+                              (("--method.name", "lora", "--lr", 0.001), None), (("--method.name", "loqt-nq"), None), ((), None)):
+            result = program(*new_run(self.name(), *options, "--steps", 1))
+            self.assertEqual(result.returncode, 0, result.stderr)
+            self.assertEqual("give --lr" in result.stderr, said is not None, (options, result.stderr))
+            self.assertIn(said or "", result.stderr)
+        self.assertNotIn("give --lr", program("--config", "config.json", "--method.name", "full", "--plan").stderr)
+
+
 class PaperTest(ProgramTest):
     def test_paper_is_a_set_of_options_that_others_override(self):
         name = self.train("--paper", "--data.train", "rows", "--data.val", "rows", "--moments", "bf16", "--steps", 4)

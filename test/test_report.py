@@ -291,7 +291,17 @@ class ReportTest(unittest.TestCase):
 
     def test_best_of_every_method(self):
         runs = [self.run_of("f1", 1, 3.0, "full", lr=1), self.run_of("f2", 1, 2.9, "full", lr=2), self.run_of("l1", 1, 2.95, lr=1), self.run_of("l2", 1, 3.5, lr=2)]
-        self.assertNotIn("ratio", self.table(*runs)[0])  # two rows of method full: none is the reference
+        rows = self.table(*runs)  # of two rows of method full the better one is the reference
+        self.assertEqual([(row["run"], row["ratio"]) for row in rows if row["method"] == "full"], [("f1", f"{math.exp(0.1):.3f}"), ("f2", "1.000")])
+        begun = self.run_of("begun", 1, 9.0, steps=3)
+        with open(os.path.join(begun, "metrics.jsonl")) as file:
+            lines = file.read().splitlines()
+        with open(os.path.join(begun, "metrics.jsonl"), "w") as file:
+            file.write("\n".join(lines[:-1]) + "\n")  # evaluated at its begin only
+        self.assertEqual(self.table(begun, "--columns", "perplexity,merge jump"), [{"run": "begun", "perplexity": "-", "merge jump": "-"}])
+        with open(os.path.join(self.folder, "sweep.json"), "w") as file:
+            file.write("{}")
+        self.assertIn(f"--sweep {self.folder}", self.run_report(self.folder)[2])
         self.assertEqual([(r["run"], r["ratio"]) for r in self.table(*runs, "--best")], [("f2", "1.000"), ("l1", f"{math.exp(0.05):.3f}")])
 
     def test_sweep(self):
