@@ -63,6 +63,13 @@ def plus_minus(mean, error, digits=2, sign=""):
     return "-" if mean is None else f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
+def setting(groups, name):
+    """What the groups have for a configuration key, by its full name or its last part; [] if there is no one such key."""
+    keys = {key for group in groups for key in group.runs[0].config if key == name or key.endswith("." + name)}
+    key = keys.pop() if len(keys) == 1 else None
+    return [known(group.runs[0].config.get(key), str) for group in groups] if key else []
+
+
 def markdown(groups, reference, at_seconds, net, wanted=None):
     """The table; columns that say nothing of any run are left out. net: merge jumps are net ones. wanted: names of the columns beside the run's, in their
     order; else all."""
@@ -86,9 +93,10 @@ def markdown(groups, reference, at_seconds, net, wanted=None):
         "spikes": [str(g.spikes) for g in groups],
     }
     if wanted:
+        columns.update({name: setting(groups, name) for name in wanted if name not in columns and setting(groups, name)})
         unknown = [name for name in wanted if name not in columns]
         if unknown:
-            raise ValueError(f"--columns: no column \"{unknown[0]}\"; there are {', '.join(columns)}")
+            raise ValueError(f"--columns: no column and no key of the configuration \"{unknown[0]}\"; there are {', '.join(columns)}")
         columns = {name: columns[name] for name in ["run", *(name for name in wanted if name != "run")]}
     if wanted:  # what was asked for is there, if only to say that there is nothing
         columns = {name: cells or ["-"] * len(groups) for name, cells in columns.items()}
@@ -217,7 +225,7 @@ def parser(kind=argparse.ArgumentParser):
     options.add_argument("--csv", metavar="FILE", help="write all figures, unrounded, into this file")
     options.add_argument("--markdown", metavar="FILE", help="write the table into this file too")
     options.add_argument("--page", metavar="FILE", help="make the tables and pictures of this page anew")
-    options.add_argument("--columns", metavar="NAME,NAME", help="only these columns, in this order [all]")
+    options.add_argument("--columns", metavar="NAME,NAME", help="only these columns, in this order; keys of the configuration such as lr too [all]")
     options.add_argument("--reference", metavar="NAME", help="the row, or the method whose best row, that ratio compares with [the sweep's, or full]")
     options.add_argument("--best", action="store_true", help="of every method only the row with the lowest perplexity: each at its own best learning rate")
     options.add_argument("--at-seconds", type=float, metavar="S", help="a column with the perplexity after S seconds of training")

@@ -76,7 +76,11 @@ class ReportTest(unittest.TestCase):
         self.assertEqual(list(self.table(run, "--columns", "perplexity,steps")[0].items()), [("run", "a"), ("perplexity", f"{math.exp(3):.2f}"), ("steps", "4")])
         status, _, err = self.run_report(run, "--columns", "perplexity,stepps")
         self.assertEqual(status, 2)
-        self.assertIn("no column \"stepps\"; there are run, method, seeds", err)
+        self.assertIn("no column and no key of the configuration \"stepps\"; there are run, method, seeds", err)
+        rows = self.table(run, self.run_of("b", 1, 3.0, lr=0.5), "--columns", "lr,train.seed,warmup_ratio")
+        self.assertEqual([list(row.values()) for row in rows], [["a", "0.01", "1", "0.0"], ["b", "0.5", "1", "0.0"]])
+        self.assertEqual(list(rows[0]), ["run", "lr", "train.seed", "warmup_ratio"])
+        self.assertEqual(self.run_report(run, "--columns", "r")[0], 2)
 
     def test_page(self):
         """Only what stands in the blocks changes, and nothing unless all of them can be made."""
