@@ -12,7 +12,7 @@ import subprocess
 import time
 import unittest
 
-from program import (checkpoint, checkpoints, CONFIG, DEVICE, metrics, new_run, non_finite, path, ProgramTest, read_safetensors, read_text, ROOT, series,
+from program import (checkpoint, checkpoints, CONFIG, DEVICE, metrics, new_run, non_finite, path, program, ProgramTest, read_safetensors, read_text, ROOT, series,
                      setUpModule, start, steps)
 
 
