@@ -74,8 +74,8 @@ std::string borrowed_rate_remark(const Arguments& a, const Config& file, const C
     const std::string &method = given.method.name, &of = file.method.name;
     const bool adapters = method == "loqt" || method == "loqt-nq";
     if (a.plan || method == of || was_given(a, "optimizer.lr") || (adapters && (of == "loqt" || of == "loqt-nq"))) return "";
+    if (method == "galore" && was_given(a, "method.scale")) return "";  // then the rate is about right
     const char* own = adapters ? "0.005 to 0.01" : method == "full" ? "0.002" : method == "galore" ? "0.01 with --scale 0.25" : "0.001 to 0.003";
-    if (method == "galore" && was_given(a, "method.scale")) return "";
     return format("optimizer.lr %g is what %s has for %s; %s did best with %s at 60m (docs/experiments.md): give --lr", given.optimizer.lr, a.config_file.c_str(), of.c_str(), method.c_str(), own);
 }
 

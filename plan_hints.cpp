@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <initializer_list>
 
-#include "parameter.h"
 #include "method.h"
+#include "parameter.h"
 #include "plan_options.h"
 
 namespace {

@@ -93,7 +93,7 @@ def markdown(groups, reference, at_seconds, net, wanted=None):
         "spikes": [str(g.spikes) for g in groups],
     }
     if wanted:
-        columns.update({name: setting(groups, name) for name in wanted if name not in columns and setting(groups, name)})
+        columns.update({name: cells for name in wanted if name not in columns and (cells := setting(groups, name))})
         unknown = [name for name in wanted if name not in columns]
         if unknown:
             raise ValueError(f"--columns: no column and no key of the configuration \"{unknown[0]}\"; there are {', '.join(columns)}")

@@ -6,20 +6,11 @@ import re
 import statistics
 
 from merge_jumps import SAMPLES, MergeJumps
-from summary import read_events
+from summary import read_config, read_events
 
 SPIKE_NATS, SPIKE_WINDOW, SPIKE_LEAST = 0.5, 50, 10
 # Keys that leave the training and its evaluations as they are.
 NO_DIFFERENCE = re.compile(r"train\.seed|run\.(dir|device|memory_budget|log_every)|checkpoint\.")
-
-
-def read_config(run):
-    """{"section.key": value} of a run's config.json; {} where there is none that can be read."""
-    try:
-        with open(os.path.join(run, "config.json"), encoding="utf-8") as file:
-            return {f"{section}.{key}": value for section, keys in json.load(file).items() for key, value in keys.items()}
-    except (OSError, ValueError, AttributeError):
-        return {}
 
 
 def interpolate(xs, ys, x):
@@ -58,7 +49,7 @@ class Run:
 
     def __init__(self, path):
         self.path, self.name = path, os.path.basename(os.path.abspath(path))
-        self.config = read_config(path)
+        self.config = read_config(os.path.join(path, "config.json"))
         events = read_events(path)
         self.steps, self.evals, self.merges = events.get("train", []), events.get("eval", []), events.get("merge", [])
         starts = sorted(events.get("start", []) + events.get("resume", []), key=lambda e: e["time"])

@@ -19,6 +19,15 @@ def read_events(run):
     return {kind: [by_step[s] for s in sorted(by_step)] for kind, by_step in events.items()}
 
 
+def read_config(path):
+    """{"section.key": value} of a config.json or a preset; {} where it cannot be read as plain JSON (a preset may have comments)."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return {f"{section}.{key}": value for section, keys in json.load(file).items() for key, value in keys.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
 def bar(value, low, high, width=46):
     return "#" * round(width * (value - low) / (high - low)) if high > low else ""
 

@@ -209,9 +209,10 @@ def write_report(folder):
     return subprocess.run(command + (["-o", os.path.join(folder, "report.png")] if picture else [])).returncode == 0
 
 
-def read_sweep(file, args, keys, overrides):
-    """The sweep of a file, with where it goes (folder) and what it starts from (path, config_hash)."""
+def read_sweep(file, args, keys, defaults, overrides):
+    """The sweep of a file, with where it goes (folder) and what it starts from (path, config_hash, defaults of the program)."""
     sweep = Sweep(file, keys, overrides)
+    sweep.defaults = defaults
     sweep.path, sweep.folder = config_file(sweep.config), args.out or os.path.join("runs", sweep.name)
     if not sweep.path:
         raise Mistake(f"{file}: config: no file or preset {sweep.config}")
@@ -246,11 +247,8 @@ def check_sweep(sweep, runs):
 
 def run_sweeps(args, overrides, interrupts):
     deadline = time.monotonic() + args.time_limit
-    keys = known_keys(args.binary)
-    defaults = default_values(args.binary)
-    sweeps = [read_sweep(file, args, keys, overrides) for file in args.files]
-    for sweep in sweeps:
-        sweep.defaults = defaults
+    keys, defaults = known_keys(args.binary), default_values(args.binary)
+    sweeps = [read_sweep(file, args, keys, defaults, overrides) for file in args.files]
     if len({os.path.abspath(sweep.folder) for sweep in sweeps}) < len(sweeps):
         raise Mistake("two of the sweeps have the same folder; --out is for one file, and names differ")
     devices = find_devices(args.devices, args.binary)

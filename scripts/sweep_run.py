@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 
-from summary import read_events
+from summary import read_config, read_events
 
 # Keys that change no result: they may differ when a run goes on.
 FREE_TO_CHANGE = re.compile(r"checkpoint\.|run\.(memory_budget|log_every)")
@@ -59,16 +59,6 @@ def tail(path, size=16384):
         return []
 
 
-def configured_steps(path):
-    """train.steps of a configuration file; None where it cannot be read or does not say."""
-    return (read_json(path) or {}).get("train", {}).get("steps")
-
-
-def flat(config):
-    """{"section.key": value} of a configuration read from JSON; {} of None."""
-    return {f"{section}.{key}": value for section, keys in (config or {}).items() if isinstance(keys, dict) for key, value in keys.items()}
-
-
 def same_value(a, b):
     if a is None or b is None or a == b:
         return a == b
@@ -90,9 +80,9 @@ class Run:
         self.name, self.title, self.options, self.turn, self.keep = planned.name, title, planned.options, planned.turn, sweep.keep
         self.folder = os.path.join(sweep.folder, self.name)
         self.log, self.record = self.folder + ".log", self.folder + ".json"
-        self.configured, self.defaults = flat(read_json(sweep.path)), sweep.defaults
+        self.configured, self.defaults = read_config(sweep.path), sweep.defaults
         self.made_with = {"config": sweep.config, "config_sha256": sweep.config_hash, "options": self.options}
-        self.steps = float(self.options.get("train.steps") or configured_steps(sweep.path) or 0)
+        self.steps = float(self.options.get("train.steps") or self.configured.get("train.steps") or 0)
         self.what_counts_for_speed = (sweep.config, {key: value for key, value in self.options.items() if not SAME_SPEED.match(key)})
         self.state, self.detail, self.process, self.device = "waiting", "", None, None
         self.seconds_per_step = None  # of a finished run's last process, evaluations and merges included
@@ -129,8 +119,9 @@ class Run:
         return self.other_default()
 
     def other_default(self):
-        """A setting that the run has from a program with another default; "" if there is none. Such a run must not be averaged with new ones."""
-        for key, value in flat(read_json(os.path.join(self.folder, "config.json"))).items():
+        """A setting that the run has from a program with another default; "" if there is none, or if the sweep's configuration cannot be read to tell.
+        Such a run must not be averaged with new ones."""
+        for key, value in read_config(os.path.join(self.folder, "config.json")).items() if self.configured else ():
             ours = RESOLVED.match(key) or key.startswith("model.") and self.options.get("run.init_from", self.configured.get("run.init_from"))
             if not ours and key not in self.options and key not in self.configured and value != self.defaults.get(key, value):
                 return f"made with {key} {value}, the default then; now it is {self.defaults[key]}"
@@ -179,7 +170,7 @@ class Run:
         if status is None:
             step = next((event for event in self.events() if event["event"] == "train"), None)
             if step:
-                limit = configured_steps(os.path.join(self.folder, "config.json")) or "?"
+                limit = read_config(os.path.join(self.folder, "config.json")).get("train.steps", "?")
                 loss = "not finite" if step["loss"] is None else f"{step['loss']:.4f}"
                 self.detail = f"step {step['step']}/{limit}  loss {loss}"
             return False

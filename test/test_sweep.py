@@ -376,6 +376,11 @@ sys.exit(status)
             text, status = sweep(file, "--out", "own")
             self.assertEqual(status, int(refused), text)
             self.assertEqual("seed-1: refused: made with optimizer.beta2 0.95, the default then; now it is 0.999; remove own/seed-1 to make it again" in text, refused, text)
+        # Where the configuration has comments its own settings cannot be told from defaults: nothing is refused for that.
+        with open(path("commented.json"), "w") as f:
+            f.write("// ours\n" + json.dumps({**program.CONFIG, "optimizer": {**program.CONFIG.get("optimizer", {}), "beta2": 0.9}}))
+        commented = write_sweep("commented-sweep", config="commented.json", seeds=[1], options={"steps": 2})
+        self.assertEqual([sweep(commented, "--out", "commented")[1] for _ in range(2)], [0, 0])
         with open(path("own.json"), "w") as f:
             json.dump({**program.CONFIG, "optimizer": {"lr": 0.02}}, f)
         text, status = sweep(file, "--out", "own")
