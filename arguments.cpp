@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
+#include <map>
 
 #include "parameter.h"
 #include "runtime/device.h"
@@ -15,7 +16,7 @@ namespace {
 
 // What the paper's own runs did where the defaults do otherwise (README: What differs from the paper's code). Other options go on top.
 const std::vector<Override> kPaper = {{"optimizer.moments", "bf16-nearest"}, {"optimizer.rounding", "nearest"}, {"optimizer.clip", "0"}, {"train.gradients", "bf16"},
-                                      {"method.projection", "gram"}, {"method.projection_gradient", "last"}, {"method.moments_at_merge", "keep"}, {"data.layout", "rows"}, {"eval.official_perplexity", "true"}};
+                                      {"method.projection", "gram"}, {"method.projection_gradient", "last"}, {"method.moments_at_merge", "keep"}, {"method.merge_gap", "100"}, {"method.merge_growth", "1.2"}, {"data.layout", "rows"}, {"eval.official_perplexity", "true"}};
 
 // Every configuration key becomes an option under its full name, and under its last part where that is unambiguous.
 void add_config_options(CLI::App& app, std::vector<std::pair<std::string, std::string>>& values) {
@@ -75,7 +76,9 @@ std::string borrowed_rate_remark(const Arguments& a, const Config& file, const C
     const bool adapters = method == "loqt" || method == "loqt-nq";
     if (a.plan || method == of || was_given(a, "optimizer.lr") || (adapters && (of == "loqt" || of == "loqt-nq"))) return "";
     if (method == "galore" && was_given(a, "method.scale")) return "";  // then the rate is about right
-    const char* own = adapters ? "0.005 to 0.01" : method == "full" ? "0.002" : method == "galore" ? "0.01 with --scale 0.25" : "0.001 to 0.003";
+    static const std::map<std::string, const char*> best = {{"full", "0.002"}, {"galore", "0.01 with --scale 0.25"}, {"lora", "0.001 with --lora_alpha four times --rank"}, {"qlora", "0.001 with --lora_alpha four times --rank"},
+                                                            {"relora", "0.001 to 0.003"}, {"loftq", "0.001 to 0.003"}};
+    const char* own = adapters ? "0.005 to 0.01" : best.at(method);
     return format("optimizer.lr %g is what %s has for %s; %s did best with %s at 60m (docs/experiments.md): give --lr", given.optimizer.lr, a.config_file.c_str(), of.c_str(), method.c_str(), own);
 }
 
@@ -185,7 +188,9 @@ Config configure(const Arguments& a, bool existing_run, const RankCount& ranks, 
     std::string file = (fs::path(given.run.dir) / "config.json").string();
     if (!fs::exists(file)) throw UserError(given.run.dir + " holds no run (no config.json)" + (a.resume ? "; start one without --resume" : "; which run do you mean?"));
     Config stored;
+    stored.method.relora_gap = 0;
     read_config_file(stored, file);
+    if (stored.method.relora_gap == 0) stored.method.relora_gap = stored.method.merge_gap;  // a run from before the key: its restarts went by merge_gap
     Config resumed = stored;
     for (const Override& o : a.overrides) apply_override(resumed, o);
     resumed.run.dir = given.run.dir;

@@ -57,11 +57,11 @@ double repeated_linear_flops(const Config& c, const Matrix& m) {
     return 2 * m.size() + build;
 }
 
-// A merge every merge_gap steps, an upper bound: 1.9 or 5.8 ns per squared narrow side of every matrix (H200, 1b: 1.3 and 4.1 s). Workers do several at a time.
+// Merges as scheduled: 1.9 or 5.8 ns per squared narrow side of every matrix (H200, 1b: 1.3 and 4.1 s). Workers do several at a time.
 double merge_cost_per_token(const Config& c, int workers) {
     double cost = 0;
     for (const Matrix& m : matrices(c)) cost += (c.method.projection == "gram" ? 4e6 : 1.3e6) * std::pow(std::min(m.out, m.in), 2);
-    double tokens = double(c.train.batch) * double(c.train.seq_len) * double(c.method.merge_gap);
+    double tokens = double(c.train.batch) * double(c.train.seq_len) * double(c.train.steps) / double(merge_steps(c).size());
     return double(c.model.layers) * cost / (1 + workers / 4.0) / tokens;
 }
 

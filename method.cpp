@@ -34,6 +34,6 @@ std::vector<int64_t> merge_steps(const Config& config) {
     if (method_policy(config).projects) return merge_schedule(m.merge_gap, m.merge_growth, m.max_gap, config.train.steps);
     std::vector<int64_t> steps;
     if (m.name == "relora")
-        for (int64_t step = m.merge_gap; step + m.merge_gap < config.train.steps; step += m.merge_gap) steps.push_back(step);
+        for (int64_t step = m.relora_gap; step + m.relora_gap < config.train.steps; step += m.relora_gap) steps.push_back(step);
     return steps;
 }

@@ -11,7 +11,7 @@
 // loqt       NF4             NF4, from the gradient          trained    W, P and B, by the schedule (P in bf16: method.quantize_projection false)
 // loqt-nq    bf16            bf16, from the gradient         trained    W, P and B, by the schedule
 // lora       bf16            trained                         trained    never (Hu et al. 2021)
-// relora     bf16            trained                         trained    all, every merge_gap steps (Lialin et al. 2023)
+// relora     bf16            trained                         trained    all, every relora_gap steps (Lialin et al. 2023)
 // qlora      NF4             trained                         trained    never (Dettmers et al. 2023)
 // loftq      NF4             trained                         trained    never; starts from the SVD of what quantization lost (Li et al. 2023)
 struct MethodPolicy {
@@ -32,5 +32,5 @@ double adapter_scale(const Config& config);
 // Whether anything is made anew after the start: merges, refreshes, restarts.
 bool makes_anew(const Config& config);
 
-// The steps after which something is made anew: by the schedule from step 0 on (merge_schedule.h); relora: every merge_gap steps but not at 0.
+// The steps after which something is made anew: by the schedule from step 0 on (merge_schedule.h); relora: every relora_gap steps but not at 0.
 std::vector<int64_t> merge_steps(const Config& config);

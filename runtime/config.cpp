@@ -276,10 +276,11 @@ void validate_config(Config& c) {
         require(c.method.relora_warmup >= 0, "method.relora_warmup: must not be negative");
         require(c.method.name != "galore" || c.optimizer.rounding != "master",
                 "optimizer.rounding: master keeps what Adam's own updates lose, and galore's are not Adam's own; use stochastic or nearest");
-        positive("method.merge_gap", c.method.merge_gap);
-        require(c.method.name != "relora" || c.method.relora_warmup < c.method.merge_gap,
-                format("method.relora_warmup: got %lld, must be below method.merge_gap %lld, else the next restart comes before the rate has risen; lower it or raise merge_gap",
-                       (long long)c.method.relora_warmup, (long long)c.method.merge_gap));
+        positive("method.merge_gap", c.method.merge_gap), positive("method.relora_gap", c.method.relora_gap);
+        require(c.method.name != "relora" || c.method.relora_warmup < c.method.relora_gap,
+                format("method.relora_warmup: got %lld, must be below method.relora_gap %lld, else the next restart comes before the rate has risen; lower it or raise relora_gap",
+                       (long long)c.method.relora_warmup, (long long)c.method.relora_gap));
+        at_most("method.merge_gap", c.method.merge_gap, int64_t(1) << 40), at_most("method.relora_gap", c.method.relora_gap, int64_t(1) << 40);
         require(c.method.merge_growth == 0 || c.method.merge_growth >= 1, "method.merge_growth: must be 0 (fixed gap) or at least 1");
         require(c.method.max_gap == 0 || c.method.max_gap >= c.method.merge_gap, "method.max_gap: must be 0 or at least method.merge_gap");
     }
@@ -304,10 +305,12 @@ void validate_config(Config& c) {
                                        (long long)c.rank_batch(), (long long)c.world_size, (long long)c.train.batch));
     if (c.train.updates == "per_layer") {
         // Each gradient is used up as soon as it is there: none is left to sum over micro-batches or to take a global norm of.
-        require(c.train.micro_batch == 0 || c.train.micro_batch == c.rank_batch(),
-                format("train.updates: per_layer needs the whole batch in one micro-batch, but train.micro_batch is %lld of %lld sequences; set it to auto and train.batch as low as memory asks for, or use ordinary updates",
-                       (long long)c.train.micro_batch, (long long)c.rank_batch()));
-        require(c.optimizer.clip == 0, "train.updates: per_layer knows no global gradient norm to clip by; set optimizer.clip to 0, or use ordinary updates");
+        std::string wrong;
+        if (c.train.micro_batch != 0 && c.train.micro_batch != c.rank_batch())
+            wrong = format("needs the whole batch in one micro-batch, but train.micro_batch is %lld of %lld sequences (set it to auto and train.batch as low as memory asks for)",
+                           (long long)c.train.micro_batch, (long long)c.rank_batch());
+        if (c.optimizer.clip != 0) wrong += std::string(wrong.empty() ? "" : ", and ") + "knows no global gradient norm to clip by (set optimizer.clip to 0)";
+        require(wrong.empty(), "train.updates: per_layer " + wrong + "; or use ordinary updates");
     }
     require(c.eval.every >= 0 && c.eval.sequences >= 0, "eval.every and eval.sequences: must not be negative");
     require(c.checkpoint.every >= 0 && c.checkpoint.keep_every >= 0, "checkpoint.every and checkpoint.keep_every: must not be negative");

@@ -20,12 +20,13 @@ struct MethodConfig {
     int64_t compensation_rounds = 5;
     std::string projection = "gram";     // gram | subspace
     std::string projection_gradient = "full";  // full | last
-    int64_t merge_gap = 100;             // τ
-    double merge_growth = 1.2;           // ψ; 0 = fixed gap
+    int64_t merge_gap = 25;              // τ
+    double merge_growth = 1.5;           // ψ; 0 = fixed gap
     int64_t max_gap = 0;                 // cap on the gap; 0 = none
     std::string moments_at_merge = "keep";  // keep | reset | project
     double lora_alpha = 32.0;            // lora, qlora, loftq, relora: s = lora_alpha / rank
     int64_t loftq_rounds = 5;
+    int64_t relora_gap = 2000;           // steps between restarts
     double relora_prune = 0.999;         // share of Adam's moments that a restart sets to zero, the smallest
     int64_t relora_warmup = 50;          // steps of linear warm-up after a restart
 };
@@ -115,12 +116,13 @@ template <class C, class Visitor> void visit_config(C& c, Visitor&& v) {
     v("method.compensation_rounds", c.method.compensation_rounds, "rounds of quantization-error compensation at a merge; 0 = B starts at 0", "");
     v("method.projection", c.method.projection, "singular vectors: exact (gram) or fast (subspace iteration)", "gram|subspace");
     v("method.projection_gradient", c.method.projection_gradient, "gradient the projection is taken from: whole batch or last micro-batch", "full|last");
-    v("method.merge_gap", c.method.merge_gap, "steps to the first merge (tau); relora: between restarts", "");
+    v("method.merge_gap", c.method.merge_gap, "steps to the first merge (tau)", "");
     v("method.merge_growth", c.method.merge_growth, "gap k is tau + floor(growth^k); 0 = fixed gap", "");
     v("method.max_gap", c.method.max_gap, "largest gap between merges; 0 = no limit", "");
     v("method.moments_at_merge", c.method.moments_at_merge, "what becomes of B's Adam moments at a merge", "keep|reset|project");
     v("method.lora_alpha", c.method.lora_alpha, "lora, relora, qlora, loftq: s = lora_alpha / rank", "");
     v("method.loftq_rounds", c.method.loftq_rounds, "loftq: alternations of quantization and SVD at the start", "");
+    v("method.relora_gap", c.method.relora_gap, "relora: steps between restarts", "");
     v("method.relora_prune", c.method.relora_prune, "relora: share of Adam's moments, the smallest, that a restart sets to zero", "");
     v("method.relora_warmup", c.method.relora_warmup, "relora: steps of warm-up after a restart", "");
     v("optimizer.lr", c.optimizer.lr, "peak learning rate", "");

@@ -25,7 +25,7 @@ ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive")
 
 CONFIG = {
     "model": {"hidden": 128, "intermediate": 172, "heads": 2, "kv_heads": 1, "layers": 2, "vocab": 259},
-    "method": {"rank": 32, "merge_gap": 6, "merge_growth": 0},
+    "method": {"rank": 32, "merge_gap": 6, "merge_growth": 0, "relora_gap": 6},
     "data": {"train": "shards", "val": "shards"},
     "train": {"steps": 12, "seq_len": 32, "batch": 4, "micro_batch": 2},
     "eval": {"every": 5, "sequences": 8},

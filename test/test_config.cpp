@@ -62,10 +62,10 @@ TEST_CASE("config: unknown keys name the nearest one", "[config]") {
 TEST_CASE("config: bad values name key, value and what was expected", "[config]") {
     CHECK(contains(message_for_json(R"({"method": {"rank": 0}})"), "method.rank: got 0"));
     CHECK(contains(message_for_json(R"({"method": {"rank": 100000}})"), "method.rank: 100000 is larger"));
-    CHECK(contains(message_for_json(R"({"method": {"name": "relora", "merge_gap": 50}})"), "method.relora_warmup: got 50, must be below method.merge_gap 50"));
-    CHECK(contains(message_for_json(R"({"method": {"name": "relora", "merge_gap": 50}})"), "lower it or raise merge_gap"));
-    CHECK(message_for_json(R"({"method": {"name": "relora", "merge_gap": 51}})") == "(no error)");
-    CHECK(message_for_json(R"({"method": {"name": "lora", "merge_gap": 6}})") == "(no error)");
+    CHECK(contains(message_for_json(R"({"method": {"name": "relora", "relora_gap": 50}})"), "method.relora_warmup: got 50, must be below method.relora_gap 50"));
+    CHECK(contains(message_for_json(R"({"method": {"name": "relora", "relora_gap": 50}})"), "lower it or raise relora_gap"));
+    CHECK(message_for_json(R"({"method": {"name": "relora", "relora_gap": 51}})") == "(no error)");
+    CHECK(message_for_json(R"({"method": {"name": "lora", "relora_gap": 6}})") == "(no error)");
     CHECK(contains(message_for_json(R"({"train": {"seq_len": 0}})"), "train.seq_len: got 0"));
     CHECK(contains(message_for_json(R"({"train": {"seq_len": "long"}})"), "train.seq_len: got \"long\", expected a whole number"));
     CHECK(contains(message_for_json(R"({"train": {"steps": 1.5}})"), "train.steps"));
@@ -77,7 +77,10 @@ TEST_CASE("config: bad values name key, value and what was expected", "[config]"
     CHECK(contains(message_for_json(R"({"model": {"hidden": 32, "heads": 8, "kv_heads": 1}, "method": {"rank": 4}})"), "model.kv_heads: 1 heads of 4"));
     CHECK(contains(message_for_json(R"({"train": {"steps": "auto"}})"), "train.steps: got \"auto\", expected a whole number"));
     CHECK(contains(message_for_json(R"({"run": {"device": "tpu"}})"), "run.device: got \"tpu\""));
-    CHECK(contains(message_for_json(R"({"train": {"batch": 8, "micro_batch": 2, "updates": "per_layer"}})"), "train.micro_batch is 2 of 8 sequences; set it to auto"));
+    const std::string both = message_for_json(R"({"train": {"batch": 8, "micro_batch": 2, "updates": "per_layer"}})");
+    CHECK(contains(both, "train.micro_batch is 2 of 8 sequences (set it to auto"));
+    CHECK(contains(both, ", and knows no global gradient norm to clip by"));  // clipping is the default: all that is wrong at once
+    CHECK(!contains(message_for_json(R"({"train": {"batch": 8, "micro_batch": 2, "updates": "per_layer"}, "optimizer": {"clip": 0}})"), "clip"));
     CHECK(contains(message_for_json(R"({"train": {"updates": "per_layer"}, "optimizer": {"clip": 1}})"), "set optimizer.clip to 0"));
     CHECK(contains(message_for_json(R"({"train": {"seq_len": 1000000000000}})"), "train.seq_len: got 1000000000000, must be at most"));
     CHECK(contains(message_for_json(R"({"train": {"batch": 1000000000000}})"), "train.batch: got 1000000000000"));

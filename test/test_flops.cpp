@@ -105,6 +105,15 @@ TEST_CASE("cost per token: known orders of the ways to train", "[flops]") {
     Config c = tiny_config("loqt", "rebuilt", 2, 2);
     CHECK(cost_per_token(c, DeviceKind::cuda, 4) < cost_per_token(c, DeviceKind::cuda, 2));
     CHECK(cost_per_token(c, DeviceKind::cuda, 2) < cost_per_token(c, DeviceKind::cuda));
+    // Merges count as often as they are scheduled: gaps that grow make them rarer, the longer the run.
+    auto merging = [&](double growth, int64_t steps) {
+        Config m = c;
+        m.method.merge_gap = 25, m.method.merge_growth = growth, m.train.steps = steps;
+        return cost_per_token(m, DeviceKind::cuda) - cost_per_token(c, DeviceKind::cuda);
+    };
+    c.method.merge_gap = 1 << 20, c.train.steps = 1 << 30;  // one in a million steps
+    CHECK(merging(0, 25 * 40) / merging(0, 25 * 4) == Approx(39.0 / 40 / (3.0 / 4)).epsilon(1e-3));
+    CHECK(merging(1.5, 10000) < 0.1 * merging(0, 10000));
     // T* = b·m·n/(d_small + 2·d_large), 2,730 to 3,450 tokens for 7B: below it factors, far above it the product.
     CHECK(cost("7b", "light", "factored", 4) < cost("7b", "light", "rebuilt", 4));
     CHECK(cost("7b", "light", "rebuilt", 32) < cost("7b", "light", "factored", 32));

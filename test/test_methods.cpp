@@ -277,7 +277,7 @@ TEST_CASE("every method has a policy, and the configuration knows which have ada
 
 TEST_CASE("relora: the rate rises anew after every restart", "[methods]") {
     Config c;
-    c.method.name = "relora", c.method.merge_gap = 100, c.method.relora_warmup = 20, c.train.steps = 1000;
+    c.method.name = "relora", c.method.relora_gap = 100, c.method.relora_warmup = 20, c.train.steps = 1000;
     CHECK(merge_steps(c) == std::vector<int64_t>{100, 200, 300, 400, 500, 600, 700, 800});
     Config plain = c;
     plain.method.name = "lora";

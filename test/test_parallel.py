@@ -90,7 +90,7 @@ class SameTrainingTest(ParallelTest):
     # the start: 60 runs were at most 2.1e-2 apart.
     SUMS, FACTORS, CODES = 1e-6, 2e-2, 6e-2
     VARIANTS = {
-        "full": (("--method.name", "full"), SUMS), "lora": (("--method.name", "lora"), SUMS), "relora": (("--method.name", "relora", "--relora_warmup", 2), SUMS),
+        "full": (("--method.name", "full"), SUMS), "lora": (("--method.name", "lora"), SUMS), "relora": (("--method.name", "relora", "--relora_gap", 3, "--relora_warmup", 2), SUMS),
         "loftq": (("--method.name", "loftq"), SUMS), "galore": (("--method.name", "galore", "--scale", 1), FACTORS), "loqt-nq": (("--method.name", "loqt-nq"), FACTORS),
         "galore per layer": (("--method.name", "galore", "--scale", 1, "--updates", "per_layer", "--clip", 0, "--micro_batch", "auto"), CODES),
         "loqt": ((), CODES), "clipped": (("--clip", 0.5), CODES), "unclipped": (("--clip", 0), CODES), "8-bit gradients": (("--gradients", "int8", "--micro_batch", 1), CODES),

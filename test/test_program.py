@@ -81,6 +81,18 @@ class KillTest(ProgramTest):
         total = read_text(name, "metrics.jsonl").count("\n")
         self.assertEqual(len(metrics(name)), total - 1)  # every line but the cut one can be read
 
+    def test_relora_run_from_before_relora_gap(self):
+        reference = self.train("--method.name", "relora", "--relora_gap", 4, "--relora_warmup", 2, "--checkpoint.every", 2, "--keep_last", 9)
+        self.assertEqual(steps(reference, "merge"), [4])
+        name = self.copy_until(reference, 2)
+        stored = json.loads(read_text(name, "config.json"))
+        del stored["method"]["relora_gap"]
+        stored["method"]["merge_gap"] = 4  # what restarts went by then
+        with open(path(name, "config.json"), "w") as f:
+            json.dump(stored, f)
+        self.succeed("--resume", "--run.dir", name)
+        self.assert_same_run(name, reference)
+
     def test_signals_finish_the_step_and_save(self):
         options = ("--steps", 150, "--eval.every", 0, "--checkpoint.every", 50, "--merge_gap", 20)
         reference, name = self.train(*options), self.name()
@@ -297,7 +309,7 @@ class MethodTest(ProgramTest):
         "galore": ("--method.name", "galore", "--scale", 1), "galore reset": ("--method.name", "galore", "--scale", 1, "--moments_at_merge", "reset", "--moments", "int8"),
         "galore per layer": ("--method.name", "galore", "--scale", 1, "--updates", "per_layer", "--clip", 0, "--micro_batch", 4),
         "bf16 P": ("--quantize_projection", "false"), "lora": ("--method.name", "lora"), "qlora": ("--method.name", "qlora", "--effective_weights", "factored"), "loftq": ("--method.name", "loftq"),
-        "relora": ("--method.name", "relora", "--relora_warmup", 2), "relora int8": ("--method.name", "relora", "--relora_warmup", 2, "--moments", "int8"),
+        "relora": ("--method.name", "relora", "--relora_gap", 3, "--relora_warmup", 2), "relora int8": ("--method.name", "relora", "--relora_gap", 3, "--relora_warmup", 2, "--moments", "int8"),
         "clipped": ("--clip", 0.1), "unclipped": ("--clip", 0),
         "block": ("--recompute", "block"), "none": ("--recompute", "none"),
         "bf16": ("--moments", "bf16"), "bf16-nearest": ("--moments", "bf16-nearest"), "int8": ("--moments", "int8"),

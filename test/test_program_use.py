@@ -164,7 +164,7 @@ class MistakeTest(ProgramTest):
 
 class BorrowedRateTest(ProgramTest):
     def test_another_method_without_a_rate_of_its_own(self):
-        for options, said in ((("--method.name", "full"), "full did best with 0.002"), (("--method.name", "galore", "--scale", 1), None), (("--method.name", "galore"), "--scale 0.25"),
+        for options, said in ((("--method.name", "full"), "full did best with 0.002"), (("--method.name", "galore", "--scale", 1), None), (("--method.name", "galore"), "--scale 0.25"), (("--method.name", "qlora"), "0.001 with --lora_alpha"), (("--method.name", "relora", "--relora_gap", 60), "relora did best"),
                               (("--method.name", "lora", "--lr", 0.001), None), (("--method.name", "loqt-nq"), None), ((), None)):
             result = program(*new_run(self.name(), *options, "--steps", 1))
             self.assertEqual(result.returncode, 0, result.stderr)
@@ -180,6 +180,7 @@ class PaperTest(ProgramTest):
         self.assertEqual((config["optimizer"]["rounding"], config["train"]["gradients"], config["data"]["layout"]), ("nearest", "bf16", "rows"))
         self.assertTrue(config["eval"]["official_perplexity"])
         self.assertEqual((config["optimizer"]["moments"], config["optimizer"]["clip"], config["method"]["projection_gradient"]), ("bf16", 0, "last"))
+        self.assertEqual((config["method"]["merge_gap"], config["method"]["merge_growth"]), (100, 1.2))
         last = [e for e in metrics(name) if e["event"] == "eval"][-1]
         self.assertLess(float(last["perplexity_official_biased"]), float(last["perplexity"]))
 
