@@ -73,13 +73,12 @@ bool was_given(const Arguments& a, const char* key) {
 // A preset's learning rate is for its method: another method trained with it would look worse than it is. docs/experiments.md has the rates.
 std::string borrowed_rate_remark(const Arguments& a, const Config& file, const Config& given) {
     const std::string &method = given.method.name, &of = file.method.name;
-    const bool adapters = method == "loqt" || method == "loqt-nq";
-    if (a.plan || method == of || was_given(a, "optimizer.lr") || (adapters && (of == "loqt" || of == "loqt-nq"))) return "";
-    if (method == "galore" && was_given(a, "method.scale")) return "";  // then the rate is about right
-    static const std::map<std::string, const char*> best = {{"full", "0.002"}, {"galore", "0.01 with --scale 0.25"}, {"lora", "0.001 with --lora_alpha four times --rank"}, {"qlora", "0.001 with --lora_alpha four times --rank"},
+    static const std::map<std::string, std::string> best = {{"loqt", "0.005 to 0.01"}, {"loqt-nq", "0.005 to 0.01"}, {"full", "0.002"}, {"galore", "0.01 with --scale 0.25"},
+                                                            {"lora", "0.001 with --lora_alpha four times --rank"}, {"qlora", "0.001 with --lora_alpha four times --rank"},
                                                             {"relora", "0.001 to 0.003"}, {"loftq", "0.001 to 0.003"}};
-    const char* own = adapters ? "0.005 to 0.01" : best.at(method);
-    return format("optimizer.lr %g is what %s has for %s; %s did best with %s at 60m (docs/experiments.md): give --lr", given.optimizer.lr, a.config_file.c_str(), of.c_str(), method.c_str(), own);
+    if (a.plan || was_given(a, "optimizer.lr") || best.at(method) == best.at(of)) return "";
+    if (method == "galore" && was_given(a, "method.scale")) return "";  // then the rate is about right
+    return format("optimizer.lr %g is what %s has for %s; %s did best with %s at 60m (docs/experiments.md): give --lr", given.optimizer.lr, a.config_file.c_str(), of.c_str(), method.c_str(), best.at(method).c_str());
 }
 
 // A stored micro-batch may be for another number of ranks: the largest up to it that every rank's share of a batch is a multiple of, for this time.
