@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
-#include <map>
 
 #include "parameter.h"
+#include "remarks.h"
 #include "runtime/device.h"
 #include "weight_source.h"
 
@@ -16,7 +16,8 @@ namespace {
 
 // What the paper's own runs did where the defaults do otherwise (README: What differs from the paper's code). Other options go on top.
 const std::vector<Override> kPaper = {{"optimizer.moments", "bf16-nearest"}, {"optimizer.rounding", "nearest"}, {"optimizer.clip", "0"}, {"train.gradients", "bf16"},
-                                      {"method.projection", "gram"}, {"method.projection_gradient", "last"}, {"method.moments_at_merge", "keep"}, {"method.merge_gap", "100"}, {"method.merge_growth", "1.2"}, {"data.layout", "rows"}, {"eval.official_perplexity", "true"}};
+                                      {"method.projection", "gram"}, {"method.projection_gradient", "last"}, {"method.moments_at_merge", "keep"},
+                                      {"method.merge_gap", "100"}, {"method.merge_growth", "1.2"}, {"data.layout", "rows"}, {"eval.official_perplexity", "true"}};
 
 // Every configuration key becomes an option under its full name, and under its last part where that is unambiguous.
 void add_config_options(CLI::App& app, std::vector<std::pair<std::string, std::string>>& values) {
@@ -66,19 +67,9 @@ std::string ignored_file_remark(const std::string& name, Config file, const Conf
     return list.empty() ? "" : "resuming with the run's own config.json, which differs from " + name + ": " + list;
 }
 
+// On the command line, in so many words: what --paper sets does not count.
 bool was_given(const Arguments& a, const char* key) {
-    return std::any_of(a.overrides.begin(), a.overrides.end(), [&](const Override& o) { return o.key == key; });
-}
-
-// A preset's learning rate is for its method: another method trained with it would look worse than it is. docs/experiments.md has the rates.
-std::string borrowed_rate_remark(const Arguments& a, const Config& file, const Config& given) {
-    const std::string &method = given.method.name, &of = file.method.name;
-    static const std::map<std::string, std::string> best = {{"loqt", "0.005 to 0.01"}, {"loqt-nq", "0.005 to 0.01"}, {"full", "0.002"}, {"galore", "0.01 with --scale 0.25"},
-                                                            {"lora", "0.001 with --lora_alpha four times --rank"}, {"qlora", "0.001 with --lora_alpha four times --rank"},
-                                                            {"relora", "0.001 to 0.003"}, {"loftq", "0.001 to 0.003"}};
-    if (a.plan || was_given(a, "optimizer.lr") || best.at(method) == best.at(of)) return "";
-    if (method == "galore" && was_given(a, "method.scale")) return "";  // then the rate is about right
-    return format("optimizer.lr %g is what %s has for %s; %s did best with %s at 60m (docs/experiments.md): give --lr", given.optimizer.lr, a.config_file.c_str(), of.c_str(), method.c_str(), best.at(method).c_str());
+    return std::any_of(a.overrides.begin() + (a.paper ? kPaper.size() : 0), a.overrides.end(), [&](const Override& o) { return o.key == key; });
 }
 
 // A stored micro-batch may be for another number of ranks: the largest up to it that every rank's share of a batch is a multiple of, for this time.
@@ -106,8 +97,7 @@ Arguments parse(int argc, char** argv) {
     app.add_flag("--resume", a.resume, "continue the run in --run.dir from its newest valid checkpoint");
     app.add_flag("--plan", a.plan, "print the memory plan and exit; needs no GPU");
     app.add_flag("--json", a.json, "print the plan as JSON (docs/formats.md); only with --plan");
-    bool paper = false;
-    app.add_flag("--paper", paper, "settings of the paper's own runs where the defaults differ");
+    app.add_flag("--paper", a.paper, "settings of the paper's own runs where the defaults differ");
     auto* sample = app.add_option("--sample", a.sampling.prompt, "generate text after this prompt from the run's newest checkpoint");
     app.add_option("--sample-tokens", a.sampling.tokens, "tokens to generate [128]");
     app.add_option("--temperature", a.sampling.temperature, "sampling temperature; 0 = the likeliest token [0.8]");
@@ -138,7 +128,7 @@ Arguments parse(int argc, char** argv) {
     if (a.json && !a.plan) throw UserError("--json is a way to print the plan; give --plan too");
     if (!(a.sampling.temperature >= 0)) throw UserError(format("--temperature: got %g, must not be negative", a.sampling.temperature));
     if (a.sampling.top_k < 0 || a.sampling.tokens < 0) throw UserError("--top-k and --sample-tokens: must not be negative");
-    if (paper) a.overrides = kPaper;
+    if (a.paper) a.overrides = kPaper;
     for (auto& [key, value] : values)
         if (app.count("--" + key)) a.overrides.push_back({key, value});
     return a;
@@ -180,16 +170,16 @@ Config configure(const Arguments& a, bool existing_run, const RankCount& ranks, 
         }
         given.world_size = ranks(given);
         validate_config(given);
-        remark = borrowed_rate_remark(a, config, given);
+        if (!a.plan) remark = method_remarks(a.config_file, config, given, [&](const char* key) { return was_given(a, key); });
         return given;
     }
     if (given.run.dir.empty()) throw UserError("which run? give --run.dir, or the --config it was started with");
     std::string file = (fs::path(given.run.dir) / "config.json").string();
     if (!fs::exists(file)) throw UserError(given.run.dir + " holds no run (no config.json)" + (a.resume ? "; start one without --resume" : "; which run do you mean?"));
     Config stored;
-    stored.method.relora_gap = 0;
+    stored.method.relora_gap = 0;  // and stays it in a run from before the key, whose restarts went by merge_gap
     read_config_file(stored, file);
-    if (stored.method.relora_gap == 0) stored.method.relora_gap = stored.method.merge_gap;  // a run from before the key: its restarts went by merge_gap
+    if (stored.method.relora_gap == 0) stored.method.relora_gap = stored.method.name == "relora" ? stored.method.merge_gap : MethodConfig().relora_gap;
     Config resumed = stored;
     for (const Override& o : a.overrides) apply_override(resumed, o);
     resumed.run.dir = given.run.dir;

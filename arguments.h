@@ -10,6 +10,7 @@
 struct Arguments {
     std::string config_file, export_dir, export_dtype = "bf16";
     bool resume = false, plan = false, json = false, sample = false;
+    bool paper = false;  // its settings are the first overrides
     SampleOptions sampling;
     std::vector<Override> overrides;
     std::string program_dir;
@@ -19,7 +20,7 @@ struct Arguments {
 Arguments parse(int argc, char** argv);
 
 // The run's own config.json on --resume, --sample and --export; else the given file. Command-line values go on top. ranks says how many processes are to
-// train by a configuration. changes: what differs from the run's own. remark: for the user, once; empty: none. Throws UserError.
+// train by a configuration. changes: what differs from the run's own. remark: for the user, once, a line or several; empty: none. Throws UserError.
 using RankCount = std::function<int64_t(const Config&)>;
 Config configure(const Arguments& arguments, bool existing_run, const RankCount& ranks, std::vector<std::string>& changes, std::string& remark);
 

@@ -280,7 +280,7 @@ void validate_config(Config& c) {
         require(c.method.name != "relora" || c.method.relora_warmup < c.method.relora_gap,
                 format("method.relora_warmup: got %lld, must be below method.relora_gap %lld, else the next restart comes before the rate has risen; lower it or raise relora_gap",
                        (long long)c.method.relora_warmup, (long long)c.method.relora_gap));
-        at_most("method.merge_gap", c.method.merge_gap, int64_t(1) << 40), at_most("method.relora_gap", c.method.relora_gap, int64_t(1) << 40);
+        at_most("method.merge_gap", c.method.merge_gap, int64_t(1) << 40), at_most("method.max_gap", c.method.max_gap, int64_t(1) << 40), at_most("method.relora_gap", c.method.relora_gap, int64_t(1) << 40);
         require(c.method.merge_growth == 0 || c.method.merge_growth >= 1, "method.merge_growth: must be 0 (fixed gap) or at least 1");
         require(c.method.max_gap == 0 || c.method.max_gap >= c.method.merge_gap, "method.max_gap: must be 0 or at least method.merge_gap");
     }
@@ -294,7 +294,7 @@ void validate_config(Config& c) {
     require(c.optimizer.weight_decay >= 0, "optimizer.weight_decay: must not be negative");
     require(c.optimizer.clip >= 0, "optimizer.clip: must not be negative");
     positive("train.steps", c.train.steps), positive("train.seq_len", c.train.seq_len), positive("train.batch", c.train.batch);
-    at_most("train.seq_len", c.train.seq_len, 1 << 24), at_most("train.batch", c.train.batch, 1 << 24);
+    at_most("train.steps", c.train.steps, 1000000000), at_most("train.seq_len", c.train.seq_len, 1 << 24), at_most("train.batch", c.train.batch, 1 << 24);
     require(c.train.micro_batch >= 0, "train.micro_batch: must be positive, or auto");
     require(c.run.gpus >= 0, "run.gpus: must be positive, or 0 for all");
     require(c.train.batch % c.world_size == 0,

@@ -121,7 +121,10 @@ class Run:
     def other_default(self):
         """A setting that the run has from a program with another default; "" if there is none, or if the sweep's configuration cannot be read to tell.
         Such a run must not be averaged with new ones."""
-        for key, value in read_config(os.path.join(self.folder, "config.json")).items() if self.configured else ():
+        made = read_config(os.path.join(self.folder, "config.json")) if self.configured else {}
+        if made.get("method.name") == "relora":
+            made.setdefault("method.relora_gap", made.get("method.merge_gap"))  # a run from before the key, as train_loqt resumes it
+        for key, value in made.items():
             ours = RESOLVED.match(key) or key.startswith("model.") and self.options.get("run.init_from", self.configured.get("run.init_from"))
             if not ours and key not in self.options and key not in self.configured and value != self.defaults.get(key, value):
                 return f"made with {key} {value}, the default then; now it is {self.defaults[key]}"

@@ -66,6 +66,10 @@ TEST_CASE("config: bad values name key, value and what was expected", "[config]"
     CHECK(contains(message_for_json(R"({"method": {"name": "relora", "relora_gap": 50}})"), "lower it or raise relora_gap"));
     CHECK(message_for_json(R"({"method": {"name": "relora", "relora_gap": 51}})") == "(no error)");
     CHECK(message_for_json(R"({"method": {"name": "lora", "relora_gap": 6}})") == "(no error)");
+    CHECK(contains(message_for_json(R"({"method": {"relora_gap": 0}})"), "method.relora_gap: got 0, must be positive"));
+    for (const char* key : {"merge_gap", "max_gap", "relora_gap"})  // sums of two stay within 64 bits
+        CHECK(contains(message_for_json(std::string(R"({"method": {")") + key + R"(": 9223372036854775807}})"), std::string("method.") + key + ": got 9223372036854775807, must be at most"));
+    CHECK(contains(message_for_json(R"({"train": {"steps": 9223372036854775807}})"), "train.steps: got 9223372036854775807, must be at most"));
     CHECK(contains(message_for_json(R"({"train": {"seq_len": 0}})"), "train.seq_len: got 0"));
     CHECK(contains(message_for_json(R"({"train": {"seq_len": "long"}})"), "train.seq_len: got \"long\", expected a whole number"));
     CHECK(contains(message_for_json(R"({"train": {"steps": 1.5}})"), "train.steps"));

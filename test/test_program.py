@@ -93,6 +93,18 @@ class KillTest(ProgramTest):
         self.succeed("--resume", "--run.dir", name)
         self.assert_same_run(name, reference)
 
+    def test_run_of_another_method_from_before_relora_gap(self):
+        config = json.loads(read_text("config.json"))
+        del config["method"]["relora_gap"]
+        with open(path("old.json"), "w") as f:
+            json.dump(config, f)
+        name = self.copy_until(self.train("--config", "old.json"), 6)
+        stored = json.loads(read_text(name, "config.json"))
+        del stored["method"]["relora_gap"]
+        with open(path(name, "config.json"), "w") as f:
+            json.dump(stored, f)
+        self.assertEqual(self.succeed("--config", "old.json", "--resume", "--run.dir", name).stderr, "")  # no difference to speak of
+
     def test_signals_finish_the_step_and_save(self):
         options = ("--steps", 150, "--eval.every", 0, "--checkpoint.every", 50, "--merge_gap", 20)
         reference, name = self.train(*options), self.name()

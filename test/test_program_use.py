@@ -170,7 +170,21 @@ class BorrowedRateTest(ProgramTest):
             self.assertEqual(result.returncode, 0, result.stderr)
             self.assertEqual("give --lr" in result.stderr, said is not None, (options, result.stderr))
             self.assertIn(said or "", result.stderr)
+        for alpha, said in ((), True), (("--lora_alpha", 128), False):
+            result = program(*new_run(self.name(), "--method.name", "lora", "--lr", 0.001, *alpha, "--steps", 1))
+            self.assertEqual("four times --rank" in result.stderr, said, result.stderr)
         self.assertNotIn("give --lr", program("--config", "config.json", "--method.name", "full", "--plan").stderr)
+
+
+class ReloraGapTest(ProgramTest):
+    def test_what_is_said_of_restarts(self):
+        for options, said in ((("--relora_gap", 2), None), (("--relora_gap", 2, "--merge_gap", 3), None), (("--relora_gap", 3), "relora without a restart"), (("--merge_gap", 2), "restarts every 6 steps, by method.relora_gap"),
+                              (("--paper", "--data.train", "rows", "--data.val", "rows", "--relora_gap", 2), None)):
+            steps = 14 if options == ("--merge_gap", 2) else 6
+            result = program(*new_run(self.name(), "--method.name", "relora", "--lr", 0.001, "--relora_warmup", 1, "--steps", steps, *options))
+            self.assertEqual(result.returncode, 0, result.stderr)
+            self.assertEqual("relora_gap" in result.stderr, said is not None, (options, result.stderr))
+            self.assertIn(said or "", result.stderr)
 
 
 class PaperTest(ProgramTest):
@@ -181,6 +195,8 @@ class PaperTest(ProgramTest):
         self.assertTrue(config["eval"]["official_perplexity"])
         self.assertEqual((config["optimizer"]["moments"], config["optimizer"]["clip"], config["method"]["projection_gradient"]), ("bf16", 0, "last"))
         self.assertEqual((config["method"]["merge_gap"], config["method"]["merge_growth"]), (100, 1.2))
+        config = json.loads(read_text(self.train("--paper", "--data.train", "rows", "--data.val", "rows", "--merge_gap", 3, "--steps", 4), "config.json"))
+        self.assertEqual((config["method"]["merge_gap"], config["method"]["merge_growth"]), (3, 1.2))
         last = [e for e in metrics(name) if e["event"] == "eval"][-1]
         self.assertLess(float(last["perplexity_official_biased"]), float(last["perplexity"]))
 

@@ -376,6 +376,17 @@ sys.exit(status)
             text, status = sweep(file, "--out", "own")
             self.assertEqual(status, int(refused), text)
             self.assertEqual("seed-1: refused: made with optimizer.beta2 0.95, the default then; now it is 0.999; remove own/seed-1 to make it again" in text, refused, text)
+        # A run of relora from before method.relora_gap restarted by merge_gap, whatever the default is now.
+        with open(path("before.json"), "w") as f:
+            json.dump({**program.CONFIG, "method": {key: value for key, value in program.CONFIG["method"].items() if key != "relora_gap"}}, f)
+        before = write_sweep("before-sweep", config="before.json", seeds=[1], options={"steps": 2, "method": "relora", "lr": 0.001})
+        self.assertEqual(sweep(before, "--out", "before")[1], 0)
+        with open(path("before", "seed-1", "config.json")) as f:
+            made = json.load(f)
+        del made["method"]["relora_gap"]
+        with open(path("before", "seed-1", "config.json"), "w") as f:
+            json.dump(made, f)
+        self.assertIn("seed-1: refused: made with method.relora_gap 6, the default then; now it is 2000", sweep(before, "--out", "before")[0])
         # Where the configuration has comments its own settings cannot be told from defaults: nothing is refused for that.
         with open(path("commented.json"), "w") as f:
             f.write("// ours\n" + json.dumps({**program.CONFIG, "optimizer": {**program.CONFIG.get("optimizer", {}), "beta2": 0.9}}))
