@@ -156,6 +156,12 @@ std::string what_would_fit(const Config& config, DeviceKind kind, int64_t budget
     std::vector<std::vector<Change>::iterator> ends = {std::min(first_of({"method.projection_gradient"}), drastic), drastic, before_method, savers.end()};
     ends.erase(std::unique(ends.begin(), ends.end()), ends.end());
     const std::string fits_with = "it fits with";
+    auto as_loqt = [&]() -> std::string {
+        const Change loqt{{"method.name", "loqt"}};
+        if (fits({loqt})) return fits_with + option_text({loqt});
+        std::string advice = what_would_fit(with(config, {loqt}), kind, budget, false);
+        return advice.rfind(fits_with, 0) == 0 ? fits_with + option_text({loqt}) + advice.substr(fits_with.size()) : "";
+    };
     auto begin = savers.begin();
     for (auto end : ends) {
         for (auto change = begin; change != end; ++change)
@@ -167,11 +173,10 @@ std::string what_would_fit(const Config& config, DeviceKind kind, int64_t budget
         begin = end;
         if (config.low_rank() || resumed || end != before_method) continue;
         // A method that trains W in full: this is what LoQT is for.
-        const Change loqt{{"method.name", "loqt"}};
-        if (fits({loqt})) return fits_with + option_text({loqt});
-        std::string advice = what_would_fit(with(config, {loqt}), kind, budget, false);
-        if (advice.rfind(fits_with, 0) == 0) return fits_with + option_text({loqt}) + advice.substr(fits_with.size());
+        if (std::string advice = as_loqt(); !advice.empty()) return advice;
     }
+    if (config.low_rank() && config.method.name != "loqt" && !resumed)
+        if (std::string advice = as_loqt(); !advice.empty()) return advice;
     if (resumed) return "nothing that --resume may change makes it fit";
     return "no setting of rank, sequence length, updates, moments or gradients makes it fit; choose a smaller model";
 }

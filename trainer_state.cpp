@@ -102,6 +102,7 @@ void Trainer::restore() {
     const Metadata metadata = state.get<Metadata>();
     restore_counters(*model_, metadata.at("parameters"));
     step_ = std::stoll(metadata.at("step"));
+    if (step_ > config_.train.steps) throw UserError(format("train.steps: %lld, but the run has done %lld steps already", (long long)config_.train.steps, (long long)step_));
     if (merges_from_source(config_) && model_->projected_matrices() < model_->matrices()) open_initial_weights();
     skipped_ = std::stoll(metadata.at("skipped"));
     // Allowed, but no longer the run that was interrupted: positions in the order of samples now mean other samples.

@@ -20,8 +20,8 @@ struct MethodConfig {
     int64_t compensation_rounds = 5;
     std::string projection = "gram";     // gram | subspace
     std::string projection_gradient = "full";  // full | last
-    int64_t merge_gap = 25;              // τ
-    double merge_growth = 1.5;           // ψ; 0 = fixed gap
+    int64_t merge_gap = 100;             // τ
+    double merge_growth = 1.2;           // ψ; 0 = fixed gap
     int64_t max_gap = 0;                 // cap on the gap; 0 = none
     std::string moments_at_merge = "keep";  // keep | reset | project
     double lora_alpha = 32.0;            // lora, qlora, loftq, relora: s = lora_alpha / rank

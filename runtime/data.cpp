@@ -165,7 +165,7 @@ TokenDataset::Shard TokenDataset::open_shard(const std::string& file) const {
     else if (shard.bytes != expected_bytes)
         problem = format("%s: %zu bytes, the header's %u tokens need %zu: fetch or make it again", shard.bytes < expected_bytes ? "truncated" : "too long", shard.bytes, count, expected_bytes);
     else if (options_.layout == DataLayout::rows && shard.tokens % options_.seq_len != 0)
-        problem = format("%u tokens are no whole number of rows of %lld: tokenize with --layout rows --seq-len %lld", count, (long long)options_.seq_len, (long long)options_.seq_len);
+        problem = format("%u tokens are no whole number of rows of %lld: tokenize with --layout rows --seq-len %lld, or set data.layout to packed", count, (long long)options_.seq_len, (long long)options_.seq_len);
     if (!problem.empty()) {
         ::munmap(map, shard.bytes);
         user_error(file + ": " + problem);

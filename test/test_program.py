@@ -172,6 +172,9 @@ class KillTest(ProgramTest):
         again = self.succeed("--resume", "--run.dir", name)
         self.assertEqual((series(name), checkpoints(name)), before)
         self.assertIn("already finished: ", again.stdout)
+        before = read_text(name, "config.json")
+        self.mistake(("--resume", "--run.dir", name, "--steps", 5), "train.steps: 5", "12 steps already")
+        self.assertEqual(read_text(name, "config.json"), before)
 
 
 class DamageTest(ProgramTest):
