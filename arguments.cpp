@@ -177,7 +177,7 @@ Config configure(const Arguments& a, bool existing_run, const RankCount& ranks, 
     std::string file = (fs::path(given.run.dir) / "config.json").string();
     if (!fs::exists(file)) throw UserError(given.run.dir + " holds no run (no config.json)" + (a.resume ? "; start one without --resume" : "; which run do you mean?"));
     Config stored;
-    stored.method.relora_gap = 0;  // and stays it in a run from before the key, whose restarts went by merge_gap
+    stored.method.relora_gap = 0;  // stays 0 where the run is older than the key, when restarts went by merge_gap
     read_config_file(stored, file);
     if (stored.method.relora_gap == 0) stored.method.relora_gap = stored.method.name == "relora" ? stored.method.merge_gap : MethodConfig().relora_gap;
     Config resumed = stored;

@@ -175,6 +175,7 @@ std::string what_would_fit(const Config& config, DeviceKind kind, int64_t budget
         // A method that trains W in full: this is what LoQT is for.
         if (std::string advice = as_loqt(); !advice.empty()) return advice;
     }
+    // The other methods with adapters, and LoQT without quantization, come to it last.
     if (config.low_rank() && config.method.name != "loqt" && !resumed)
         if (std::string advice = as_loqt(); !advice.empty()) return advice;
     if (resumed) return "nothing that --resume may change makes it fit";

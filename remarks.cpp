@@ -20,17 +20,18 @@ std::string borrowed_rate(const std::string& file_name, const Config& file, cons
     }
     if (trains_factors(config)) {
         if (asked("optimizer.lr") && asked("method.lora_alpha")) return "";
-        best = format("--lr 0.001 --lora_alpha %lld, four times the rank,", 4LL * (long long)config.method.rank), here += format(" --lora_alpha %g", config.method.lora_alpha);
+        best = format("--lr 0.001 --lora_alpha %lld, four times the rank,%s", 4LL * (long long)config.method.rank, method == "relora" || method == "loftq" ? " of two settings tried," : ""), here += format(" --lora_alpha %g", config.method.lora_alpha);
     } else if (asked("optimizer.lr") && method != "galore") {
         return "";
     }
     return format("%s has %s; %s did best with %s at 60m (docs/experiments.md), what %s has is for %s", config.run.dir.c_str(), here.c_str(), method.c_str(), best.c_str(), file_name.c_str(), of.c_str());
 }
 
-std::string seldom_restarts(const Config& config, const std::function<bool(const char*)>& asked) {
+// Restarts that never come, or not when they were asked for.
+std::string relora_restarts(const Config& config, const std::function<bool(const char*)>& asked) {
     if (config.method.name != "relora") return "";
     const long long gap = config.method.relora_gap;
-    if (merge_steps(config).empty()) return format("relora without a restart, which is lora: method.relora_gap is %lld, the run has %lld steps", gap, (long long)config.train.steps);
+    if (merge_steps(config).empty()) return format("relora without a restart, which is lora: one needs method.relora_gap, %lld, steps before it and more after it, the run has %lld", gap, (long long)config.train.steps);
     if (!asked("method.merge_gap") || asked("method.relora_gap")) return "";
     return format("relora restarts every %lld steps, by method.relora_gap; method.merge_gap is for loqt, loqt-nq and galore", gap);
 }
@@ -38,6 +39,6 @@ std::string seldom_restarts(const Config& config, const std::function<bool(const
 }  // namespace
 
 std::string method_remarks(const std::string& file_name, const Config& file, const Config& config, const std::function<bool(const char*)>& asked) {
-    const std::string rate = borrowed_rate(file_name, file, config, asked), restarts = seldom_restarts(config, asked);
+    const std::string rate = borrowed_rate(file_name, file, config, asked), restarts = relora_restarts(config, asked);
     return rate + (rate.empty() || restarts.empty() ? "" : "\n") + restarts;
 }

@@ -242,7 +242,7 @@ void validate_config(Config& c) {
     auto positive = [](const char* key, auto value) {
         require(value > 0, std::string(key) + ": got " + json(value).dump() + ", must be positive");
     };
-    // Far beyond what any device holds, and low enough that no size in bytes overflows.
+    // Far beyond what any device holds or run takes, and low enough that no size in bytes or sum of steps overflows.
     auto at_most = [](const char* key, int64_t value, int64_t limit) {
         require(value <= limit, std::string(key) + ": got " + json(value).dump() + ", must be at most " + json(limit).dump());
     };
@@ -280,7 +280,8 @@ void validate_config(Config& c) {
         require(c.method.name != "relora" || c.method.relora_warmup < c.method.relora_gap,
                 format("method.relora_warmup: got %lld, must be below method.relora_gap %lld, else the next restart comes before the rate has risen; lower it or raise relora_gap",
                        (long long)c.method.relora_warmup, (long long)c.method.relora_gap));
-        at_most("method.merge_gap", c.method.merge_gap, int64_t(1) << 40), at_most("method.max_gap", c.method.max_gap, int64_t(1) << 40), at_most("method.relora_gap", c.method.relora_gap, int64_t(1) << 40);
+        const int64_t longest = int64_t(1) << 40;
+        at_most("method.merge_gap", c.method.merge_gap, longest), at_most("method.max_gap", c.method.max_gap, longest), at_most("method.relora_gap", c.method.relora_gap, longest);
         require(c.method.merge_growth == 0 || c.method.merge_growth >= 1, "method.merge_growth: must be 0 (fixed gap) or at least 1");
         require(c.method.max_gap == 0 || c.method.max_gap >= c.method.merge_gap, "method.max_gap: must be 0 or at least method.merge_gap");
     }
