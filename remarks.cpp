@@ -11,19 +11,14 @@ bool trains_factors(const Config& config) { return method_policy(config).trains_
 // The rate and scale of a configuration file are for its method: another method trained with them would look worse than it is.
 std::string borrowed_rate(const std::string& file_name, const Config& file, const Config& config, const std::function<bool(const char*)>& asked) {
     const std::string &method = config.method.name, &of = file.method.name;
-    if (method == of || (is_loqt(method) && is_loqt(of)) || (trains_factors(config) && trains_factors(file))) return "";
-    std::string best = "--lr 0.005 to 0.01", here = format("--lr %g", config.optimizer.lr);
-    if (method == "full") best = "--lr 0.002";
-    if (method == "galore") {
-        if (asked("method.scale")) return "";  // then the rate is about right
-        best = "--lr 0.01 --scale 0.25", here += format(" --scale %g", config.method.scale);
-    }
-    if (trains_factors(config)) {
-        if (asked("optimizer.lr") && asked("method.lora_alpha")) return "";
-        best = format("--lr 0.001 --lora_alpha %lld, four times the rank,%s", 4LL * (long long)config.method.rank, method == "relora" || method == "loftq" ? " of two settings tried," : ""), here += format(" --lora_alpha %g", config.method.lora_alpha);
-    } else if (asked("optimizer.lr") && method != "galore") {
-        return "";
-    }
+    const bool galore = method == "galore", factors = trains_factors(config);
+    if (method == of || (is_loqt(method) && is_loqt(of)) || (factors && trains_factors(file))) return "";
+    const bool rate_asked = asked("optimizer.lr"), scale_asked = galore ? asked("method.scale") : !factors || asked("method.lora_alpha");
+    if (scale_asked && (rate_asked || galore)) return "";  // galore with a scale of its own: then loqt's rate is about right
+    std::string best = method == "full" ? "--lr 0.002" : "--lr 0.005 to 0.01", here = format("--lr %g", config.optimizer.lr);
+    if (galore) best = "--lr 0.01 --scale 0.25", here += format(" --scale %g", config.method.scale);
+    if (factors) best = format("--lr 0.001 --lora_alpha %lld, four times the rank,", 4LL * (long long)config.method.rank), here += format(" --lora_alpha %g", config.method.lora_alpha);
+    if (method == "relora" || method == "loftq") best += " of two settings tried,";
     return format("%s has %s; %s did best with %s at 60m (docs/experiments.md), what %s has is for %s", config.run.dir.c_str(), here.c_str(), method.c_str(), best.c_str(), file_name.c_str(), of.c_str());
 }
 
